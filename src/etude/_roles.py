@@ -1,0 +1,151 @@
+"""What a parameter is for, read from module types and from use: a hidden matrix, an embedding, the head, a norm …
+
+Names are never guessed from: a wrong group trains badly without an error, so what cannot be told stays "unknown".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+ROLES = ("hidden", "conv", "embedding", "head", "norm", "bias", "vector", "adapter", "unknown")
+
+_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.LocalResponseNorm)
+_MATRICES = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+
+
+def roles(model: nn.Module, overrides: Mapping[str, str] | None = None, inputs: Any = None) -> dict[str, str]:
+    """The role of every parameter of ``model`` by name; a tied parameter once, under its first name.
+
+    ``overrides``: pattern → role, e.g. ``{"pos_embed": "embedding"}``. ``inputs``: an example batch; with it the head
+    is the matrix that is used last, without it the matrix that is defined last outside any repeated block.
+    """
+    found: dict[str, str] = {}
+    by_id: dict[int, str] = {}
+    head = _head(model) if inputs is None else _last_used(model, inputs)
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, p in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            role = "head" if p is head and isinstance(module, nn.Linear) else _role(model, path, module, name, p)
+            if id(p) not in by_id:
+                by_id[id(p)] = full
+                found[full] = role
+            elif role == "embedding":  # a head tied to the embedding is an embedding
+                found[by_id[id(p)]] = role
+    for pattern, role in (overrides or {}).items():
+        _check_role(role)
+        hits = [n for n in found if fnmatchcase(n, pattern)]
+        if not hits:
+            raise ValueError(f"roles: no parameter matches {pattern!r}; there are {_some(found)}")
+        found.update(dict.fromkeys(hits, role))
+    return found
+
+
+def select(model: nn.Module, where: str | Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters whose role is ``where``, or whose name or module's name matches that pattern. None is an error."""
+    wanted = [where] if isinstance(where, str) else list(where)
+    role = roles(model)
+    named = dict(model.named_parameters())
+    hits = {
+        n: p
+        for n, p in named.items()
+        if any(role[n] == w or fnmatchcase(n, w) or fnmatchcase(n.rpartition(".")[0], w) for w in wanted)
+    }
+    if not hits:
+        raise ValueError(
+            f"no parameter of {type(model).__name__} has the role or the name {' or '.join(map(repr, wanted))}; "
+            f"roles here: {', '.join(sorted(set(role.values()))) or 'none'}; names: {_some(named)}"
+        )
+    return hits
+
+
+def _role(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor) -> str:
+    """One parameter's role from the type of the module that holds it."""
+    declared = getattr(module, "_role", None)
+    if declared is not None:
+        return _check_role(declared)
+    if ".parametrizations." in f".{path}":
+        return _mapped_role(model, path, module, p)
+    if isinstance(module, _NORMS) or (type(module).__name__.endswith("Norm") and p.ndim <= 1):
+        return "norm"
+    if name == "bias" or name.startswith("bias_") or name.endswith("_bias"):
+        return "bias"
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return "conv"
+    if (isinstance(module, _MATRICES) or type(module).__name__ == "Conv1D") and p.ndim >= 2:
+        return "hidden"
+    return "vector" if p.ndim <= 1 else "unknown"
+
+
+def _mapped_role(model: nn.Module, path: str, module: nn.Module, p: Tensor) -> str:
+    """A parametrised weight keeps its role in its full-sized original; the map's own parameters are an adapter's."""
+    owner_path, _, rest = f".{path}".rpartition(".parametrizations.")
+    if not isinstance(module, ParametrizationList):
+        return "adapter"
+    owner, weight = model.get_submodule(owner_path.lstrip(".")), rest.split(".")[0]
+    full = p.ndim > 1 and p.shape == getattr(owner, weight).shape
+    return _role(model, owner_path.lstrip("."), owner, weight, p) if full else "vector"
+
+
+def _head(model: nn.Module) -> Tensor | None:
+    """The weight of the last linear layer, unless it stands inside a repeated block or an attention; else None."""
+    declared: Any = getattr(model, "get_output_embeddings", None)  # the convention of Hugging Face models
+    if callable(declared) and (out := declared()) is not None:
+        weight = out.weight
+        return weight if isinstance(weight, Tensor) else None
+    last: tuple[str, nn.Module] | None = None
+    for path, module in model.named_modules():
+        if any(p.ndim >= 2 for n, p in module.named_parameters(recurse=False)) and ".parametrizations." not in path:
+            last = (path, module)
+    if last is None or not isinstance(last[1], nn.Linear) or _in_block(model, last[0]):
+        return None
+    return last[1].weight
+
+
+def _in_block(model: nn.Module, path: str) -> bool:
+    """Whether the module stands inside an attention, or inside one of several composite siblings of one class."""
+    parts = path.split(".")
+    for i in range(len(parts)):
+        parent = model.get_submodule(".".join(parts[:i]))
+        if isinstance(parent, nn.MultiheadAttention):
+            return True
+        child = parent.get_submodule(parts[i]) if parts[i] else parent
+        composite = any(True for _ in child.children())
+        listed = child is not parent and isinstance(parent, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
+        if listed and composite and sum(type(c) is type(child) for c in parent.children()) > 1:
+            return True
+    return False
+
+
+def _last_used(model: nn.Module, inputs: Any) -> Tensor | None:
+    """The weight of the linear layer that the forward pass calls last."""
+    calls: list[nn.Module] = []
+    hooks = [
+        m.register_forward_hook(lambda mod, _args, _out: calls.append(mod))
+        for m in model.modules()
+        if any(p.ndim >= 2 for p in m.parameters(recurse=False)) or isinstance(m, nn.Linear)
+    ]
+    try:
+        args = inputs if isinstance(inputs, tuple) else (inputs,)
+        model(**inputs) if isinstance(inputs, dict) else model(*args)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls[-1].weight if calls and isinstance(calls[-1], nn.Linear) else None
+
+
+def _check_role(role: str) -> str:
+    if role not in ROLES:
+        raise ValueError(f"no role {role!r}; the roles are {', '.join(ROLES)}")
+    return role
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:8]) + (f", … ({len(listed)} in all)" if len(listed) > 8 else "")

@@ -1,0 +1,126 @@
+"""What a race is made of, in plain values: a cell is one run, an outcome what came of it, a result the verdicts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run.
+
+    ``contender``: canonical recipe text without lr, e.g. ``"adamw + dyt"``. ``stage``: ``"tune" | "final" | "aa"``
+    (aa: the baseline again on other seeds).
+    """
+
+    contender: str
+    stage: str
+    lr: float
+    seed: int
+
+    def key(self, lock: Mapping[str, Any]) -> str:
+        """sha256 over everything that decides the result: the lock and the cell."""
+        return hashlib.sha256(canonical({"lock": dict(lock), "cell": asdict(self)}).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a cell.
+
+    ``metric``: the value at the end of the full schedule, None when failed; ``reason``: ``""`` or why it failed
+    ("diverged at step 120: loss is nan", "raised ValueError: …"). ``curve``: (step, seconds of training so far, mean
+    train loss since the last point, validation metric). ``seconds``: the whole training, evaluation excluded;
+    ``step_seconds``: median time of one step, synchronised; both in processor time on a CPU. ``state_bytes``:
+    optimizer state.
+    """
+
+    cell: Cell
+    metric: float | None
+    reason: str
+    curve: tuple[tuple[int, float, float, float], ...]
+    seconds: float
+    step_seconds: float
+    state_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run, decided before the first run.
+
+    ``contenders``: baseline first. ``grids``: per contender 7 learning rates, factor √10, centred on the method's
+    default or the one written in the recipe. ``rope``: half-width of "equivalent" as a share of the baseline's metric.
+    ``seconds_per_run`` per contender. ``visible``: smallest effect the race can see, in standard deviations of a seed
+    (80 % power).
+    """
+
+    task: str
+    metric: str
+    minimize: bool
+    steps: int
+    baseline: str
+    contenders: tuple[str, ...]
+    grids: Mapping[str, tuple[float, ...]]
+    tune_budget: int = 13
+    tune_seeds: tuple[int, ...] = ()
+    final_seeds: tuple[int, ...] = ()
+    aa_seeds: tuple[int, ...] = ()
+    rope: float = 0.01
+    alpha: float = 0.05
+    seconds_per_run: Mapping[str, float] = field(default_factory=dict)
+    visible: float | None = None
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One contender's verdict.
+
+    ``tuned``: (lr, mean tuning metric, None if all failed). ``values``: final metric per final seed, in seed order,
+    None where it failed. ``interval``: 95 % of the mean (t). ``difference``: paired, contender − baseline, with its t
+    interval at 95 % before Holm; ``rho``: correlation across seeds with the baseline. ``word``: "baseline", "better",
+    "worse", "equivalent", "no significant difference", "under-tuned" or "failed". ``visible``: smallest difference
+    this race could have seen (80 % power, metric units); ``more``: how many more seeds until the observed difference
+    would be decided, if undecided.
+    """
+
+    contender: str
+    lr: float
+    tuned: tuple[tuple[float, float | None], ...]
+    at_edge: bool
+    failures: tuple[str, ...]
+    values: tuple[float | None, ...]
+    mean: float | None
+    interval: tuple[float, float] | None
+    difference: float | None
+    difference_interval: tuple[float, float] | None
+    bootstrap_interval: tuple[float, float] | None
+    p: float | None
+    p_holm: float | None
+    rho: float | None
+    word: str
+    visible: float | None
+    more: int | None
+    step_seconds: float | None
+    state_bytes: int | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished race: plan, standings (baseline first), the A/A control, every outcome, the lock and the folder."""
+
+    plan: Plan
+    standings: tuple[Standing, ...]
+    aa: Standing
+    outcomes: tuple[Outcome, ...]
+    lock: Mapping[str, Any]
+    folder: Path | None

@@ -1,0 +1,146 @@
+"""How a race's numbers are written: as many digits as the uncertainty earns, true minus signs, units that fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from etude.race._model import Result, Standing
+from etude.race.verdict import DIFFERENT
+
+Pair = tuple[float, float]
+
+
+def number(value: float, half: float | None = None, signed: bool = False) -> str:
+    """A value to two digits of its half-width, else to three of its own: ``number(-8.31, 2.7)`` is "−8.3"."""
+    sign = "+" if signed and value > 0 else ""
+    size = half if half else abs(value) / 10
+    decimals = 2 if size == 0 or not math.isfinite(size) else max(0, 1 - math.floor(math.log10(size)))
+    shown = f"{value:{sign}.{decimals}f}" if decimals <= 6 else f"{value:{sign}.2e}"
+    return shown.replace("-", "−" if float(shown) else "").replace("+", "+" if float(shown) else "")
+
+
+def with_interval(value: float | None, interval: Pair | None, signed: bool = False, unit: str = "") -> str:
+    """``0.0312 [0.0290, 0.0334]``, or a dash."""
+    if value is None:
+        return "–"
+    if interval is None:
+        return number(value, signed=signed) + unit
+    half = (interval[1] - interval[0]) / 2
+    low, high = (number(end, half, signed) for end in interval)
+    return f"{number(value, half, signed)}{unit} [{low}, {high}]"
+
+
+def scale(base: Standing) -> tuple[float, str]:
+    """The factor and unit of differences: percent of the baseline's mean, or the metric itself where that is 0."""
+    return (100 / abs(base.mean), " %") if base.mean else (1.0, "")
+
+
+def difference(standing: Standing, base: Standing) -> str:
+    """``−8.3 % [−11.1, −5.6]``: the paired difference with its 95 % interval."""
+    factor, unit = scale(base)
+    if standing.difference is None or standing.difference_interval is None:
+        return "–"
+    low, high = standing.difference_interval
+    return with_interval(factor * standing.difference, (factor * low, factor * high), signed=True, unit=unit)
+
+
+def seconds(value: float | None) -> str:
+    """Three digits and the unit that fits: ``812 µs``, ``1.35 ms``, ``12.1 s``, ``3.4 min``, ``2.1 h``."""
+    if value is None:
+        return "–"
+    for limit, factor, unit in ((1e-3, 1e6, "µs"), (1, 1e3, "ms"), (120, 1, "s"), (7200, 1 / 60, "min")):
+        if value < limit:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value / 3600:.3g} h"
+
+
+def size(value: int | None) -> str:
+    """Bytes in powers of 1,000: ``24.6 kB``."""
+    if value is None:
+        return "–"
+    power = min(4, int(math.log10(value) / 3)) if value else 0
+    return f"{value / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def ratio(value: float | None, base: float | None) -> str:
+    """``1.32×``, or a dash."""
+    return f"{value / base:.2f}×" if value is not None and base else "–"
+
+
+def rate(lr: float) -> str:
+    """A learning rate to two digits: ``0.0032``, ``1e-05``."""
+    return f"{lr:.2g}"
+
+
+def chance(p: float | None) -> str:
+    """``p = .031`` style, without the letter: ``0.031``, ``< 0.0001``."""
+    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """``a, b and c``."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def headline(result: Result) -> list[tuple[str, str]]:
+    """The verdict in sentences, each with the word it speaks of, best news first."""
+    base, *others = result.standings
+    none = "no significant difference from"
+    forms = {
+        "better": ("is better than {}", "are better than {}"),
+        "equivalent": ("is equivalent to {}", "are equivalent to {}"),
+        "no significant difference": (f"shows {none} {{}}", f"show {none} {{}}"),
+        "worse": ("is worse than {}", "are worse than {}"),
+        "under-tuned": ("is behind {} but under-tuned", "are behind {} but under-tuned"),
+        "failed": ("failed", "failed"),
+    }
+    sentences = [("failed", f"The baseline {base.contender} failed.")] if base.word == "failed" else []
+    for word, form in forms.items():
+        mine = [s for s in others if s.word == word]
+        mine.sort(key=lambda s: s.difference or 0.0, reverse=not result.plan.minimize)
+        names = [f"{s.contender} ({_short(s, base)})" if word in ("better", "worse") else s.contender for s in mine]
+        if names:
+            said = form[len(names) > 1].format(base.contender)
+            sentences.append((word, f"{listed(names)} {said}."))
+    return sentences
+
+
+def _short(standing: Standing, base: Standing) -> str:
+    return difference(standing, base).partition(" [")[0]
+
+
+def notes(result: Result) -> list[tuple[str, str]]:
+    """What must be read with the verdict, as (kind, line): the A/A control, the visible, the open, the failed."""
+    base, *others = result.standings
+    lines = [("bad" if result.aa.word == DIFFERENT else "aa", _control(result))]
+    factor, unit = scale(base)
+    visible = sorted(factor * s.visible for s in others if s.visible and s.word != "failed")
+    if visible:
+        span = [number(visible[0], visible[0]), number(visible[-1], visible[-1])]
+        shown = span[0] if span[0] == span[1] else " to ".join(span)
+        lines.append(("visible", f"This race could see differences of {shown}{unit} and more (80 % power)."))
+    for s in others:
+        if s.more:
+            minutes = seconds(s.more * ((s.seconds or 0) + (base.seconds or 0)))
+            lines.append(("open", f"{s.contender}: {s.more:,} more seeds, about {minutes}, would decide."))
+    if base.at_edge:
+        lines.append(("bad", f"{base.contender}'s lr is at the edge of its grid; mistrust “better”."))
+    lines += [("bad", line) for s in result.standings if (line := failed_runs(s))]
+    return lines
+
+
+def failed_runs(standing: Standing) -> str:
+    """``sgd: 10 of 10 final runs failed (diverged at step 120: loss is nan)``, or nothing."""
+    if not standing.failures:
+        return ""
+    reasons = sorted({line.partition(": ")[2] for line in standing.failures})
+    more = f"; {len(reasons) - 1} more" if len(reasons) > 1 else ""
+    many = f"{len(standing.failures)} of {len(standing.values)} final runs failed"
+    return f"{standing.contender}: {many} ({reasons[0]}{more})."
+
+
+def _control(result: Result) -> str:
+    p = "" if result.aa.p is None else f" (p = {chance(result.aa.p)})".replace("= <", "<")
+    failed = f" {len(result.aa.failures)} of its runs failed." if result.aa.failures else ""
+    return f"A/A control: {result.aa.word}{p}.{failed}"

@@ -1,0 +1,58 @@
+"""A worker process: reads one JSON request per line, trains on one thread, answers with one JSON line.
+
+Started as ``python -m etude.race._worker``, so that nothing of the caller's ``__main__`` is imported again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from dataclasses import asdict
+from typing import Any, TextIO
+
+import torch
+
+from etude.race._errors import InputError, one_line
+from etude.race._model import Cell
+from etude.race.loop import probe, train
+from etude.race.tasks import find_task
+
+
+def _serve(lines: queue.Queue[str], out: TextIO, setup: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    factory = find_task(setup["task"]).factory
+    while True:
+        asked = json.loads(lines.get())
+        answer: dict[str, Any]
+        try:
+            if asked["kind"] == "cell":
+                answer = asdict(train(factory, Cell(**asked["cell"]), steps=setup["steps"], device=setup["device"]))
+            else:
+                answer = probe(
+                    factory, asked["contender"], lr=asked["lr"], steps=setup["steps"], device=setup["device"]
+                )
+        except InputError as error:
+            answer = {"refused": one_line(error)}
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+
+
+def _main() -> None:
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what a task prints goes to stderr, never into the answers
+    lines: queue.Queue[str] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)  # the race has closed the pipe, or died: stop at once, whatever is being trained
+
+    threading.Thread(target=read, daemon=True).start()
+    _serve(lines, out, json.loads(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,168 @@
+"""The plain training loop of one cell: the same schedule, data order, evaluation and clock for every contender."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from etude import after, gradients, recipes, schedules
+from etude.race._errors import InputError, one_line
+from etude.race._model import Cell, Outcome
+from etude.race.task import Task, digest_state, to_device
+from etude.race.tasks import Factory
+
+WARMUP = 0.05
+"""Share of the steps that warm the learning rate up; then it decays linearly to zero."""
+EVALUATIONS = 10
+"""Points of the curve, the last at the last step."""
+HELD = 2
+"""For so many points in a row the train loss must be above three times the initial one before a run is given up."""
+PROBE_STEPS = 20
+Point = tuple[int, float, float, float]
+
+
+def stream_seed(seed: int, stream: str) -> int:
+    """The seed of one stream of randomness of a run: ``init``, ``data`` and ``noise`` do not share draws."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{stream}".encode()).digest()[:7])
+
+
+def make_task(factory: Factory, seed: int) -> Task:
+    """The task of a seed; its weights are drawn from the seed's ``init`` stream."""
+    torch.manual_seed(stream_seed(seed, "init"))
+    task = factory(seed)
+    if not isinstance(task, Task):
+        raise InputError(f"a task's factory returns an etude.race.Task; this one returned a {type(task).__name__}")
+    return task
+
+
+class Run:
+    """A contender set up on a task, ready to step. Setting up is the same for every contender but for its recipe."""
+
+    def __init__(self, factory: Factory, contender: str, *, lr: float, seed: int, steps: int, device: str) -> None:
+        recipe = recipes.parse(contender)
+        self.task = make_task(factory, seed)
+        torch.manual_seed(stream_seed(seed, "recipe"))
+        self.model: nn.Module = recipe.apply(self.task.model).to(device)
+        torch.manual_seed(stream_seed(seed, "noise"))  # dropout
+        self.device, self.steps, self.times, self.first = device, steps, list[float](), math.nan
+        self.gradient = recipe.gradient or gradients.plain()
+        self.optimizer = recipe.optimizer(self.model, lr=lr, roles=self.task.roles)
+        bound = [after.attach(self.optimizer, self.model, value) for value in recipe.after]
+        self.averages = [b for b in bound if isinstance(b, after.Averaged)]
+        warm = max(1, round(WARMUP * steps))
+        decay = schedules.linear_decay(max(1, steps - warm))
+        self.schedule = schedules.attach(self.optimizer, schedules.warmup(warm) >> decay)
+        self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.stream = self.task.batches(torch.Generator().manual_seed(stream_seed(seed, "data")))
+
+    def step(self) -> Tensor:
+        """One training step, timed; the loss at its start."""
+        start = self.now()
+        inputs, targets = (to_device(part, self.device) for part in next(self.stream))
+        loss = gradients.backward(
+            self.gradient, lambda: self.task.loss(self.model(inputs), targets).mean(), self.params, self.model.buffers()
+        )
+        self.optimizer.step()
+        self.schedule.step()
+        self.times.append(self.now() - start)
+        return loss
+
+    def points(self) -> Iterator[Point]:
+        """Train to the end, with a point of the curve at each evaluation; ends early where the run has diverged."""
+        marks = {math.ceil(self.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+        self.model.train()
+        losses: list[Tensor] = []
+        for step in range(1, self.steps + 1):
+            losses.append(self.step())
+            if step == 1:
+                self.first = losses[0].item()
+            if step in marks:
+                seconds, mean = math.fsum(self.times), torch.stack(losses).mean().item()
+                yield step, seconds, mean, self.measure(self.task.valid)
+                losses.clear()
+
+    def measure(self, data: Any) -> float:
+        """The task's metric of the model, at its averaged weights where the recipe averages them."""
+        with self.averages[-1].averaged() if self.averages else nullcontext():
+            return self.task.measure(self.model, data, self.device)
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state."""
+        state = self.optimizer.state_dict()["state"].values()
+        return sum(t.nbytes for held in state for t in held.values() if isinstance(t, Tensor))
+
+    def now(self) -> float:
+        """The clock of a step: processor time on a CPU, so that whatever else runs there is not counted (R7)."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def train(factory: Factory, cell: Cell, *, steps: int, device: str = "cpu") -> Outcome:
+    """Train a cell to the end of the full schedule. Whatever goes wrong is an outcome with its reason (R5, R6)."""
+    curve: list[Point] = []
+    metric, reason, run = None, "", None
+    try:
+        run = Run(factory, cell.contender, lr=cell.lr, seed=cell.seed, steps=steps, device=device)
+        for point in run.points():
+            curve.append(point)
+            if reason := diverged(run.first, curve):
+                break
+        else:
+            metric = curve[-1][3] if cell.stage == "tune" or run.task.test is None else run.measure(run.task.test)
+            if not math.isfinite(metric):
+                metric, reason = None, f"the metric is {metric} after the last step"
+    except Exception as error:
+        metric, reason = None, f"raised {type(error).__name__}: {one_line(error)}"
+    times = run.times if run else []
+    return Outcome(
+        cell, metric, reason, tuple(curve), math.fsum(times), statistics.median(times) if times else 0.0,
+        run.state_bytes() if run else 0,
+    )  # fmt: skip
+
+
+def diverged(first: float, curve: list[Point]) -> str:
+    """Why a run is given up, or "": its train loss is not finite, or stays above three times ``first``."""
+    step, _, loss, _ = curve[-1]
+    if not math.isfinite(loss):
+        return f"diverged at step {step}: loss is {loss}"
+    if len(curve) >= HELD and all(point[2] > 3 * abs(first) for point in curve[-HELD:]):
+        return f"diverged at step {step}: loss is {loss:.3g}, it began at {first:.3g}"
+    return ""
+
+
+def probe(factory: Factory, contender: str, *, lr: float, steps: int, device: str = "cpu") -> dict[str, Any]:
+    """Set a contender up and take a few steps: whether it can be built, what it changes, what it costs.
+
+    ``digest`` identifies the weights and the outputs after those steps: a contender that has the baseline's at the
+    same lr is a no-op on this model (R10). A contender that cannot be built raises InputError; one that fails later
+    does not.
+    """
+    few = min(PROBE_STEPS, steps)
+    try:
+        run = Run(factory, contender, lr=lr, seed=0, steps=few, device=device)
+    except Exception as error:
+        raise InputError(f"{contender}: {one_line(error)}") from error
+    digest, reason, evaluation = "", "", 0.0
+    try:
+        list(run.points())
+        began = run.now()
+        value = run.measure(run.task.valid)
+        evaluation = run.now() - began
+        digest = f"{digest_state(run.model)} {value!r}"
+    except Exception as error:
+        reason = f"raised {type(error).__name__}: {one_line(error)}"
+    seconds = statistics.median(run.times) * steps + evaluation * EVALUATIONS if run.times else 0.0
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"digest": digest, "reason": reason, "seconds": seconds, "bytes": memory}

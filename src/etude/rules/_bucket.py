@@ -1,0 +1,250 @@
+"""Which parameters move together: small tensors flat in one buffer, equal shapes stacked, large ones in place.
+
+A bucket owns its members' state as one tensor per name; what a user sees in ``optimizer.state[p]`` are views into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from etude.rules._rounding import stochastic
+from etude.rules._rule import Chain, Width
+
+SMALL = 131_072
+"""Elements below which a tensor is gathered with others. Above it, copying costs more than a kernel's start."""
+
+LOW = (torch.bfloat16, torch.float16)
+"""Weights of these types are updated in float32, and what rounding loses is kept or drawn (see ``rounding``)."""
+
+
+def layout(width: Width, numel: int, reference: bool) -> tuple[str, bool]:
+    """Where a parameter goes: the bucket's layout, and whether it shares the bucket with others."""
+    if reference:
+        return "full", False
+    small = numel < SMALL
+    return {"coordinate": "flat", "tensor": "rows"}.get(width, "full"), small
+
+
+@dataclass
+class Member:
+    """One parameter in a bucket: its name and owner model, and the number of steps it has taken."""
+
+    p: Tensor
+    name: str
+    owner: int
+    t: int = 0
+
+    @property
+    def real(self) -> Tensor:
+        """The parameter as real numbers: complex ones gain a last axis of 2."""
+        p = self.p.detach()
+        return torch.view_as_real(p) if p.is_complex() else p
+
+    @property
+    def grad(self) -> Tensor:
+        g = self.p.grad
+        assert g is not None
+        return torch.view_as_real(g) if g.is_complex() else g
+
+
+@dataclass
+class Bucket:
+    """Members in one layout: ``flat`` [n], ``rows`` [k, n], or ``full`` [k, *shape]."""
+
+    group: int
+    layout: str
+    dtype: torch.dtype
+    members: list[Member]
+    state: list[dict[str, Tensor]] = field(default_factory=list)
+    """For each part of the chain its tensors; the last entry is the engine's own (what rounding lost)."""
+    steps: Tensor = field(default_factory=lambda: torch.empty(0))
+    resident: Tensor | None = None
+    """The weights themselves, when the parameters are views of this buffer."""
+    plain: bool = False
+    """Whether no kernel could be built for it."""
+    room: dict[str, Tensor] = field(default_factory=dict)
+    """Buffers that weights and gradients are gathered into."""
+    _sizes: list[int] = field(default_factory=list)
+
+    def allocate(self, chain: Chain, kahan: bool) -> None:
+        """State at step 0: zeros, on the members' device."""
+        like = torch.empty(self.shape(), dtype=self.dtype, device=self.members[0].p.device)
+        self.state = [part.init(like) for part in chain.parts]
+        low = self.members[0].p.dtype
+        self.state.append({"compensation": torch.zeros_like(like, dtype=low)} if kahan and low in LOW else {})
+        self.steps = torch.zeros(len(self.members), dtype=torch.int64, device=like.device)
+
+    def shape(self) -> tuple[int, ...]:
+        k, first = len(self.members), self.members[0].real
+        if self.layout == "flat":
+            return (sum(self.sizes),)
+        return (k, first.numel()) if self.layout == "rows" else (k, *(first.shape or (1,)))
+
+    def settle(self) -> None:
+        """Move the members' weights into one buffer that they become views of."""
+        whole = torch.cat([m.real.reshape(-1) for m in self.members])
+        if whole.dtype != self.dtype or any(m.p.is_complex() for m in self.members):
+            return
+        for m, piece in zip(self.members, torch.split(whole, self.sizes)):
+            m.p.data = piece.view(m.p.shape)
+        self.resident = whole
+
+    def settled(self) -> bool:
+        """Whether the weights still live where ``settle`` put them."""
+        assert self.resident is not None
+        at, size = self.resident.data_ptr(), self.resident.element_size()
+        for m in self.members:
+            if m.p.data_ptr() != at or m.p.dtype != self.resident.dtype:
+                return False
+            at += m.p.numel() * size
+        return True
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many real numbers each member holds."""
+        if not self._sizes:
+            self._sizes = [m.real.numel() for m in self.members]
+        return self._sizes
+
+    def views(self, i: int) -> dict[str, Tensor]:
+        """Member i's state by name, in the parameter's own shape."""
+        found = {"step": self.steps[i]}
+        for entry in self.state:
+            for name, x in entry.items():
+                same = sum(key == name or key.rpartition("_")[0] == name for key in found)
+                found[f"{name}_{same + 1}" if same else name] = _shaped(self.split(x)[i], self.members[i].p)
+        return found
+
+    def split(self, x: Tensor, mine: Sequence[int] | None = None) -> Sequence[Tensor]:
+        """A tensor in the bucket's layout as one view per member."""
+        if self.layout != "flat":
+            return x.unbind(0)
+        return torch.split(x, self.sizes if mine is None else [self.sizes[i] for i in mine])
+
+    def gather(self, xs: Sequence[Tensor], into: str) -> Tensor:
+        """Tensors of the members, in the bucket's layout and dtype; the buffer is kept from step to step."""
+        first = xs[0]
+        if len(xs) == 1 and first.dtype == self.dtype and first.is_contiguous():
+            return first.view(self._one(first))
+        n = sum(x.numel() for x in xs)
+        buffer = self.room.get(into)
+        if buffer is None or buffer.numel() < n:
+            buffer = self.room[into] = torch.empty(n, dtype=self.dtype, device=first.device)
+        flat = buffer[:n]
+        if first.dtype == self.dtype:
+            torch.cat([x.reshape(-1) for x in xs], out=flat)
+        else:
+            flat.copy_(torch.cat([x.reshape(-1) for x in xs]))
+        return flat if self.layout == "flat" else flat.view(len(xs), *self._one(first)[1:])
+
+    def _one(self, x: Tensor) -> tuple[int, ...]:
+        if self.layout == "flat":
+            return (x.numel(),)
+        return (1, x.numel()) if self.layout == "rows" else (1, *(x.shape or (1,)))
+
+
+@dataclass
+class Work:
+    """Members of a bucket that step together: same count, all with a gradient."""
+
+    bucket: Bucket
+    members: list[int]
+    t: int
+    w: Tensor
+    g: Tensor
+    u: Tensor
+    state: list[dict[str, Tensor]]
+    whole: bool
+    numbers: list[dict[str, Any]] = field(default_factory=list)
+
+    def land(self, rounding: str) -> None:
+        """Put the weights, and the state if it was gathered, back where they live."""
+        b = self.bucket
+        ps = [b.members[i].real for i in self.members]
+        if "compensation" in self.state[-1]:
+            rounded = self.w.to(ps[0].dtype)
+            self.state[-1]["compensation"].copy_(self.w - rounded)
+            self.w = rounded
+        elif rounding == "stochastic" and ps[0].dtype in LOW:
+            pieces = [
+                stochastic(x, b.members[i].name, self.t, ps[0].dtype) for i, x in zip(self.members, self._split())
+            ]
+            torch._foreach_copy_(ps, [x.view(p.shape) for x, p in zip(pieces, ps)])
+            self.w = ps[0]
+        if self.w.data_ptr() != ps[0].data_ptr():
+            torch._foreach_copy_(ps, [x.view(p.shape) for x, p in zip(self._split(), ps)])
+        if not self.whole:
+            for entry, mine in zip(b.state, self.state):
+                for name, x in entry.items():
+                    homes = b.split(x)
+                    torch._foreach_copy_([homes[i] for i in self.members], list(b.split(mine[name], self.members)))
+
+    def _split(self) -> Sequence[Tensor]:
+        return self.bucket.split(self.w, self.members)
+
+
+def works(bucket: Bucket, maximize: bool) -> list[Work]:
+    """The bucket's members that have a gradient, by step count. Mostly that is all of them, and nothing is copied."""
+    by_count: dict[int, list[int]] = {}
+    for i, m in enumerate(bucket.members):
+        if m.p.grad is not None:
+            if m.p.grad.layout != torch.strided:
+                raise RuntimeError(f"{m.name or 'a parameter'} has a sparse gradient; etude's rules need dense ones")
+            by_count.setdefault(m.t, []).append(i)
+    return [_work(bucket, mine, t + 1, maximize) for t, mine in sorted(by_count.items())]
+
+
+def _work(bucket: Bucket, mine: list[int], t: int, maximize: bool) -> Work:
+    ms = [bucket.members[i] for i in mine]
+    whole = len(mine) == len(bucket.members)
+    part = "" if whole else str(t)  # several counts may be on their way at once: each needs its own room
+    w = bucket.resident if bucket.resident is not None and whole else bucket.gather([m.real for m in ms], "w" + part)
+    g = bucket.gather([m.grad for m in ms], "g" + part)
+    state = bucket.state
+    if not whole:
+        state = [{n: _pick(bucket, x, mine) for n, x in entry.items()} for entry in bucket.state]
+    if "compensation" in state[-1]:
+        w = w.add_(state[-1]["compensation"])
+    bucket.steps[slice(None) if whole else mine] += 1
+    for m in ms:
+        m.t = t
+    g = -g if maximize else g
+    return Work(bucket, mine, t, w, g, g, state, whole)
+
+
+def _pick(bucket: Bucket, x: Tensor, mine: list[int]) -> Tensor:
+    homes = bucket.split(x)
+    pieces = [homes[i] for i in mine]
+    return torch.cat(pieces) if bucket.layout == "flat" else torch.stack(pieces)
+
+
+def _shaped(x: Tensor, p: Tensor) -> Tensor:
+    if x.numel() != p.numel() * (2 if p.is_complex() else 1):
+        return x
+    return torch.view_as_complex(x.view(*p.shape, 2)) if p.is_complex() else x.view(p.shape)
+
+
+def totals(all_works: Sequence[Work], partials: Sequence[Tensor]) -> list[Tensor]:
+    """The sum of the partials over each owner model, as each work's members see it: 0-d, or broadcastable to u."""
+    owners = [[work.bucket.members[i].owner for i in work.members] for work in all_works]
+    if len({o for mine in owners for o in mine}) <= 1:
+        total = torch.stack([x.sum() for x in partials]).sum()
+        return [total] * len(all_works)
+    count = max(o for mine in owners for o in mine) + 1
+    total = torch.zeros(count, dtype=partials[0].dtype, device=partials[0].device)
+    index = [torch.tensor(mine, device=total.device) for mine in owners]
+    for work, x, i in zip(all_works, partials, index):
+        total.index_add_(0, i, torch.stack([piece.sum() for piece in work.bucket.split(x, work.members)]))
+    seen = []
+    for work, i in zip(all_works, index):
+        if work.bucket.layout == "flat":
+            sizes = torch.tensor([work.bucket.sizes[j] for j in work.members], device=total.device)
+            seen.append(total[i].repeat_interleave(sizes))
+        else:
+            seen.append(total[i].view(-1, *[1] * (work.u.ndim - 1)))
+    return seen

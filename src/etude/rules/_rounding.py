@@ -1,0 +1,33 @@
+"""Stochastic rounding to a short float, with noise that depends on name, step and index alone.
+
+So a stack, a shard and a resumed run draw the same noise for the same weight.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+_DROPPED = {torch.bfloat16: 16, torch.float16: 13}
+"""How many of float32's mantissa bits the type drops."""
+
+
+def stochastic(x: Tensor, name: str, t: int, dtype: torch.dtype) -> Tensor:
+    """x: float32 → ``dtype``, up or down with a probability that makes the mean exact (in the type's normal range)."""
+    bits = _DROPPED[dtype]
+    noise = noise_bits(x.numel(), zlib.crc32(name.encode()), t, x.device).view(x.shape) & ((1 << bits) - 1)
+    raw = x.float().contiguous().view(torch.int32) + noise.to(torch.int32)
+    rounded = (raw & -(1 << bits)).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x.float()).to(dtype)
+
+
+def noise_bits(n: int, key: int, t: int, device: torch.device) -> Tensor:
+    """n integers of 32 random bits, a hash of (key, t, index): the finaliser of MurmurHash3 on a counter.  [n]"""
+    mask = 0xFFFFFFFF
+    x = torch.arange(n, dtype=torch.int64, device=device)
+    x = (x * 0x9E3779B1 + ((key ^ (t * 0x85EBCA77)) & mask)) & mask
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & mask
+    return x ^ (x >> 16)

@@ -1,0 +1,202 @@
+"""What a rule is: a chain of parts, each a function of the update so far, on stacks.
+
+A part sees ``u`` the update so far, ``g`` the raw gradient, ``w`` the weight, ``s`` its own state and ``c`` the step's
+context. Every tensor has a leading axis k: members of one shape, whatever layer or model they come from. A part never
+changes u, g or w in place; it changes only s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from etude._method import _METHODS, stamp
+
+Width = Literal["coordinate", "tensor", "matrix", "model"]
+WIDTHS: tuple[Width, ...] = ("coordinate", "tensor", "matrix")
+
+
+class Bag:
+    """Values by name, read as attributes; plain enough for the compiler to see through."""
+
+    def __init__(self, items: Mapping[str, Any]) -> None:
+        for key in items:
+            setattr(self, key, items[key])
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"there is no {name!r} here; there are {', '.join(vars(self))}")
+
+
+State = Bag
+"""The part's own tensors by name: ``s.exp_avg``: [k, …]."""
+Context = Bag
+"""The part's own numbers by field name, what it ``reads`` of the step, and ``total`` for a model-wide part."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One step of a chain. Its float fields are knobs; they arrive in ``c`` as floats, or tensors that broadcast."""
+
+    width: ClassVar[Width] = "coordinate"
+    """How far it looks: each coordinate alone, one tensor, a matrix with its axes, or the whole model it belongs to."""
+    on_gradient: ClassVar[bool] = False
+    """Whether its result also replaces the raw gradient that later parts see."""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """What it reads of the step beside its own fields: ``t``, steps from 1, or ``multiplier``, lr / initial lr."""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                top = 1.0 if f.name.startswith(("beta", "momentum")) else math.inf
+                if not 0.0 <= value < top:
+                    raise ValueError(f"{type(self).__name__}({f.name}={value}): {f.name} must be in [0, {top})")
+
+    def init(self, w: Tensor) -> dict[str, Tensor]:
+        """The state at step 0 for a stack w: [k, …]; zeros, on w's device."""
+        return {}
+
+    def clock(self, t: int) -> dict[str, float]:
+        """Numbers that depend on the step count; computed once a step, outside any kernel."""
+        return {}
+
+    def partial(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
+        """For width ``model``: the coordinates whose sum over the owner model arrives as ``c.total``.  [k, …]"""
+        raise NotImplementedError(f"{type(self).__name__} looks at one tensor at a time")
+
+    def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
+        """The next update.  [k, …]"""
+        raise NotImplementedError
+
+    def numbers(self) -> dict[str, Any]:
+        """Its float fields: what may change from step to step without a new kernel."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "float"}
+
+    def __str__(self) -> str:
+        shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items() if v is not False)})"
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Parts in order; the update they end with is subtracted from the weight. Prints as the recipe it is."""
+
+    parts: tuple[Part, ...]
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter(self.parts)
+
+    def __str__(self) -> str:
+        return " → ".join(map(str, self.parts))
+
+    @property
+    def name(self) -> str:
+        """The method's name, or ``chain`` for one made by hand."""
+        made = stamp(self)
+        return made.name if made else "chain"
+
+    @functools.cached_property
+    def width(self) -> Width:
+        """The widest look of its parts; a model-wide part needs only partial sums, so it counts as a coordinate's."""
+        return WIDTHS[max((WIDTHS.index(p.width) for p in self.parts if p.width != "model"), default=0)]
+
+    @functools.cached_property
+    def structure(self) -> tuple[Any, ...]:
+        """What decides the kernel: the parts' types and every field that is not a number."""
+        return tuple(
+            (type(p), *((f.name, getattr(p, f.name)) for f in dataclasses.fields(p) if f.type != "float"))
+            for p in self.parts
+        )
+
+    def knobs(self) -> dict[str, Any]:
+        """What a param group holds: the method's knobs, or for a chain made by hand its parts' fields."""
+        made = stamp(self)
+        if made:
+            return dict(made.knobs)
+        return {key: getattr(self.parts[i], field) for key, (i, field) in self._fields().items()}
+
+    def remake(self, knobs: Mapping[str, Any]) -> Chain:
+        """The same rule at other knobs."""
+        made = stamp(self)
+        if made:
+            again = _METHODS[made.room, made.name].fn(**knobs)
+            assert isinstance(again, Chain)
+            return again
+        changed: list[dict[str, Any]] = [{} for _ in self.parts]
+        for key, (i, field) in self._fields().items():
+            changed[i][field] = knobs[key]
+        return Chain(tuple(dataclasses.replace(p, **kw) for p, kw in zip(self.parts, changed)))
+
+    def _fields(self) -> dict[str, tuple[int, str]]:
+        """Group key → (part, field); a second field of one name gets a number: ``beta``, ``beta_2``."""
+        found: dict[str, tuple[int, str]] = {}
+        for i, part in enumerate(self.parts):
+            for f in dataclasses.fields(part):
+                same = sum(key == f.name or key.rpartition("_")[0] == f.name for key in found)
+                found[f.name if not same else f"{f.name}_{same + 1}"] = (i, f.name)
+        return found
+
+
+def chain(*parts: Part) -> Chain:
+    """A rule of your own: the parts in order, e.g. ``chain(Ema(0.95), Polar(), Decay(0.1), Scale(2e-2))``."""
+    for p in parts:
+        if not isinstance(p, Part):
+            raise TypeError(f"chain(): {p!r} is no part; a part is an instance such as Scale(1e-3)")
+    if not parts:
+        raise ValueError("chain(): needs at least one part, e.g. Scale(1e-3)")
+    return Chain(parts)
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which rule serves which roles: ``route(matrices=muon(), rest=adamw())``."""
+
+    arms: tuple[tuple[str, Chain], ...]
+
+    def __str__(self) -> str:
+        return "route(" + ", ".join(f"{arm}={rule.name}" for arm, rule in self.arms) + ")"
+
+
+MATRICES = ("hidden", "conv")
+"""The roles that the arm ``matrices`` serves."""
+
+
+def route(**arms: Chain) -> Route:
+    """Send parameters to rules by role: an arm is a role, ``matrices`` (hidden and conv) or ``rest``."""
+    for arm, rule in arms.items():
+        if not isinstance(rule, Chain):
+            raise TypeError(f"route({arm}=…): expected a rule such as adamw(), got {rule!r}")
+    if not arms:
+        raise ValueError("route(): needs arms, e.g. route(matrices=muon(), rest=adamw())")
+    return Route(tuple(arms.items()))
+
+
+def mix_(average: Tensor, x: Tensor, beta: Any) -> Tensor:
+    """average ← β average + (1 − β) x, in place."""
+    if isinstance(beta, Tensor):
+        return average.mul_(beta).add_(x * (1 - beta))
+    return average.lerp_(x, 1 - beta)
+
+
+def mix_square_(average: Tensor, x: Tensor, beta: Any) -> Tensor:
+    """average ← β average + (1 − β) x², in place."""
+    if isinstance(beta, Tensor):
+        return average.mul_(beta).add_(x * x * (1 - beta))
+    return average.mul_(beta).addcmul_(x, x, value=1 - beta)
+
+
+def norm(x: Tensor) -> Tensor:
+    """‖x‖ of each member.  [k, …] → [k, 1, …]"""
+    return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True) if x.ndim > 1 else x.abs()
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of each member.  [k, …] → [k, 1, …]"""
+    return x.mean(dim=tuple(range(1, x.ndim)), keepdim=True) if x.ndim > 1 else x

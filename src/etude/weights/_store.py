@@ -1,0 +1,88 @@
+"""Files of adapters: θ alone, with the stamps from which ``load`` makes the same adapters on a bare model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from etude._method import _METHODS, stamp
+from etude.weights._host import Weight, attach, born, held, weights_of
+from etude.weights._map import Adapter, Map
+
+FORMAT = "1"
+
+
+def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
+    """Write the adapters (of this name) to ``path``, a folder or a ``.safetensors`` file; returns the file written."""
+    io, file = _safetensors(), _file(path)
+    entries: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for weight, maps in held(model, name, Adapter):
+        for m in maps:
+            made = stamp(m)
+            if made is None:
+                raise ValueError(
+                    f"{m!r} cannot be saved: it is not made by a @method factory, so load could not make it"
+                )
+            entries.append(
+                {"weight": weight.names[0], "name": m.name, "room": made.room, "method": made.name, "knobs": made.knobs}
+            )
+            theta = m.state_dict()
+            tensors |= {f"{len(entries) - 1}.{k}": t.detach().cpu().contiguous() for k, t in theta.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    io.save_file(tensors, file, metadata={"etude.weights": FORMAT, "maps": json.dumps(entries)})
+    return file
+
+
+def load(model: nn.Module, path: str | Path) -> nn.Module:
+    """Make the adapters of a file on a model that has none of these names; a file that does not fit changes nothing."""
+    io, file = _safetensors(), _file(path)
+    with io.safe_open(file, framework="pt") as f:
+        head = f.metadata() or {}
+        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    if head.get("etude.weights") != FORMAT:
+        raise ValueError(f"{file} is not a file of etude's adapters in format {FORMAT}; its header is {head}")
+    weights = {n: w for w in weights_of(model) for n in w.names}
+    made: list[tuple[Weight, Map]] = []
+    for i, entry in enumerate(json.loads(head["maps"])):
+        weight = weights.get(entry["weight"])
+        if weight is None:
+            raise ValueError(f"{file} adapts {entry['weight']}, which {type(model).__name__} does not have")
+        theta = {k.partition(".")[2]: t for k, t in tensors.items() if k.partition(".")[0] == str(i)}
+        made.append((weight, _rebuilt(entry, weight, theta)))
+    for weight, m in made:
+        attach(weight, m)
+    return model
+
+
+def _rebuilt(entry: dict[str, Any], weight: Weight, theta: dict[str, Tensor]) -> Map:
+    method = _METHODS.get((entry["room"], entry["method"]))
+    if method is None:
+        raise ValueError(
+            f"the file holds {entry['room']}.{entry['method']}, which is not known here; import its module"
+        )
+    knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["knobs"].items()}
+    mine = born(method.fn(**knobs), entry["name"], weight)
+    try:
+        mine.load_state_dict(theta)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{entry['weight']}: the file's {mine!r} does not fit: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    return mine
+
+
+def _file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".safetensors" else path / "adapter.safetensors"
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("weights.save and weights.load need safetensors: pip install safetensors") from error
+    return safetensors.torch

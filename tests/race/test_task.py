@@ -1,0 +1,268 @@
+"""A task: its data order, its metric, its hash, how it is found; and the plain loop on it."""
+
+import itertools
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from etude.race import Cell, InputError, Task, loop
+from etude.race.plan import entries, entry, grid, open_task, seeds_of
+from etude.race.tasks import builtin, find_task
+
+HERE = Path(__file__).parent
+EXAMPLE = HERE.parents[1] / "docs" / "my_task.py"
+X, Y = torch.arange(10.0).reshape(10, 1), torch.arange(10.0).reshape(10, 1)
+
+
+def a_task(**more):
+    given = {"train": (X, Y), "valid": (X, Y), "loss": nn.functional.mse_loss, "steps": 5, "batch": 4}
+    return Task(nn.Linear(1, 1), **{**given, **more})
+
+
+def tiny(name):
+    return find_task(f"{HERE / 'tiny.py'}:{name}").factory
+
+
+def stream(task, seed, n=6):
+    batches = task.batches(torch.Generator().manual_seed(seed))
+    return [next(batches)[0].flatten().tolist() for _ in range(n)]
+
+
+def test_batches_are_shuffled_by_the_generator_alone():
+    torch.manual_seed(1)
+    one = stream(a_task(), 3)
+    torch.manual_seed(2)
+    assert stream(a_task(), 3) == one
+    assert stream(a_task(), 4) != one
+
+
+def test_an_epoch_draws_nothing_twice_and_the_next_is_in_another_order():
+    one, two, three, four = stream(a_task(), 0, 4)
+    assert len({*one, *two}) == len({*three, *four}) == 8
+    assert (one, two) != (three, four)
+
+
+def test_a_stream_may_be_a_function_of_the_generator():
+    def epoch(generator):
+        for row in torch.randperm(10, generator=generator).tolist():
+            yield X[row], Y[row]
+
+    drawn = [x for batch in stream(a_task(train=epoch), 0, 20) for x in batch]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+
+
+def test_a_stream_without_a_batch_is_an_error_not_an_endless_loop():
+    with pytest.raises(ValueError, match="no batch"):
+        next(a_task(train=lambda generator: iter(())).batches(torch.Generator()))
+
+
+def test_the_metric_counts_examples_not_batches():
+    task = a_task(metric=lambda out, y: y.flatten(), valid=[(X[:9], Y[:9]), (X[9:], Y[9:])])
+    assert task.measure(task.model, task.valid) == pytest.approx(4.5)
+
+
+def test_measuring_is_in_evaluation_mode_and_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1)).train()
+    task = Task(model, (X, Y), (X, Y), nn.functional.mse_loss, 5)
+    assert task.measure(model, task.valid) == task.measure(model, task.valid)
+    assert model.training
+
+
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_the_data_hash_sees_every_value(part):
+    other = X.clone()
+    other[3] += 1e-6
+    assert a_task(test=(X, Y)).data_hash() == a_task(test=(X, Y)).data_hash()
+    assert a_task(**{"test": (X, Y), part: (other, Y)}).data_hash() != a_task(test=(X, Y)).data_hash()
+
+
+@pytest.mark.parametrize(
+    "more, said", [({"steps": 0}, "steps ≥ 1"), ({"train": (X, Y[:3])}, "10 inputs and 3 targets")]
+)
+def test_a_task_that_makes_no_sense_is_refused(more, said):
+    with pytest.raises(ValueError, match=said):
+        a_task(**more)
+
+
+def test_digits_keep_their_classes_in_every_part_and_share_no_example():
+    task = builtin()["digits"](0)
+    parts = [task.train, task.valid, task.test]
+    assert [len(y) for _, y in parts] == [1077, 360, 360]
+    for _, y in parts:
+        share = torch.bincount(y, minlength=10) / len(y)
+        assert (share - 0.1).abs().max() < 0.01
+    rows = {tuple(row) for x, _ in parts for row in x.tolist()}
+    assert len(rows) == 1797
+
+
+def test_the_example_is_fifteen_lines_of_code_and_learns():
+    code = [line for line in EXAMPLE.read_text(encoding="utf-8").splitlines() if line.strip()]
+    assert len(code) <= 15
+    found = find_task(str(EXAMPLE))
+    outcome = loop.train(found.factory, Cell("adamw", "final", 1e-2, 3), steps=400)
+    assert outcome.reason == ""
+    assert outcome.metric < 0.05  # the noise is 0.01, the targets' variance 0.68
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ("digit", "no task 'digit'.*digits"),
+        ("nowhere/my_task.py", "no task file nowhere/my_task.py"),
+        (f"{HERE / 'tiny.py'}:tsak", "no function 'tsak'.*task"),
+    ],
+)
+def test_a_misspelt_task_is_one_line_with_the_nearest_name(asked, said):
+    with pytest.raises(InputError, match=said) as caught:
+        find_task(asked)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_task_file_that_does_not_import_says_why(tmp_path):
+    (tmp_path / "bad.py").write_text("import nowhere_to_be_found\n")
+    with pytest.raises(InputError, match=r"bad.py does not import: ModuleNotFoundError: .*nowhere_to_be_found"):
+        find_task(str(tmp_path / "bad.py"))
+
+
+def test_a_task_may_import_what_stands_beside_it(tmp_path):
+    shutil.copy(HERE / "tiny.py", tmp_path / "beside_it.py")
+    (tmp_path / "mine.py").write_text("from beside_it import task\n")
+    assert isinstance(find_task(str(tmp_path / "mine.py")).factory(0), Task)
+
+
+def test_a_factory_is_found_by_its_file_and_a_lambda_is_refused():
+    factory = tiny("task")
+    assert find_task(factory).ref == f"{HERE / 'tiny.py'}:task"
+    with pytest.raises(InputError, match="top-level function in a file"):
+        find_task(lambda seed: None)
+
+
+def test_a_task_file_that_races_when_imported_is_refused(tmp_path):
+    (tmp_path / "mine.py").write_text("import etude\netude.race('digits', ['adamw', 'lion'])\n")
+    with pytest.raises(InputError, match="under if __name__"):
+        find_task(str(tmp_path / "mine.py"))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("moving_data", "the data change with the seed"),
+        ("broken", "does not build: OSError: no data for"),
+        ("not_a_task", "returned a Linear"),
+    ],
+)
+def test_a_task_that_cannot_be_raced_is_refused_before_the_plan(name, said):
+    with pytest.raises(InputError, match=said):
+        open_task(find_task(f"{HERE / 'tiny.py'}:{name}"), 0)
+
+
+def test_a_contender_is_its_canonical_text_without_lr():
+    assert entry("muon( lr=0.02 )+ dyt") == ("muon + dyt", 0.02)
+    assert entry("adamw") == ("adamw", 1e-3)
+    assert list(entries(["lion", "adamw"], "adamw")) == ["adamw", "lion"]
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        (["adamw", "adamww"], "no method 'adamww'.*adamw"),
+        (["adamw", "lion(betta=1.0)"], "no knob 'betta'.*betas"),
+        (["adamw", "adamw(lr=0.1)"], "stands twice"),
+        (["adamw"], "at least one other"),
+        (["adamw", "dyt"], "names no rule"),
+    ],
+)
+def test_a_contender_that_cannot_race_is_refused(asked, said):
+    with pytest.raises(InputError, match=said):
+        entries(asked, None)
+
+
+def test_the_grid_is_seven_points_by_the_root_of_ten():
+    lrs = grid(1e-3)
+    assert len(lrs) == 7
+    assert lrs[3] == 1e-3
+    assert [b / a for a, b in itertools.pairwise(lrs)] == pytest.approx([math.sqrt(10)] * 6, rel=1e-4)
+
+
+def test_no_stage_shares_a_seed_and_more_seeds_only_add():
+    drawn = [s for race in (0, 1) for stage in ("tune", "final", "aa") for s in seeds_of(stage, race, 1000)]
+    assert len(drawn) == len(set(drawn))
+    assert seeds_of("final", 0, 20)[:10] == seeds_of("final", 0, 10)
+
+
+def test_every_contender_of_a_seed_starts_at_the_same_weights_and_sees_the_same_batches():
+    runs = [loop.Run(tiny("task"), c, lr=0.1, seed=5, steps=8, device="cpu") for c in ("adamw", "sgd(momentum=0.9)")]
+    one, two = ([p.detach().clone() for p in run.model.parameters()] for run in runs)
+    assert all(map(torch.equal, one, two))
+    assert all(torch.equal(next(runs[0].stream)[0], next(runs[1].stream)[0]) for _ in range(5))
+    other = loop.Run(tiny("task"), "adamw", lr=0.1, seed=6, steps=8, device="cpu")
+    assert not torch.equal(one[0], next(other.model.parameters()))
+
+
+def test_a_cell_gives_the_same_bits_twice_and_its_curve_ends_at_the_last_step():
+    cell = Cell("adamw", "tune", 0.01, 5)
+    one, two = (loop.train(tiny("task"), cell, steps=24) for _ in range(2))
+    assert one.metric == two.metric == one.curve[-1][3]
+    assert [p[0] for p in one.curve] == [3, 5, 8, 10, 12, 15, 17, 20, 22, 24]
+    assert [p[2:] for p in one.curve] == [p[2:] for p in two.curve]
+    assert one.state_bytes >= 2 * 4 * sum(p.numel() for p in tiny("task")(0).model.parameters())
+
+
+def test_the_learning_rate_warms_up_and_decays_linearly_towards_zero():
+    run = loop.Run(tiny("task"), "sgd", lr=1.0, seed=0, steps=100, device="cpu")
+    seen = []
+    for _ in range(100):
+        seen.append(run.optimizer.param_groups[0]["lr"])
+        run.step()
+    assert seen[5] == pytest.approx(1.0)
+    assert seen[0] < seen[2] < seen[4] < 1.0
+    assert seen[-1] == pytest.approx(1 / 95)
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_verdict_is_taken_on_the_test_data_where_there_are_any():
+    def factory(seed):
+        return a_task(test=(X, Y + 5))
+
+    tune, final = (loop.train(factory, Cell("adamw", stage, 0.1, 0), steps=5) for stage in ("tune", "final"))
+    assert tune.metric == tune.curve[-1][3] == final.curve[-1][3] != final.metric
+
+
+def test_a_run_that_blows_up_is_given_up_with_its_reason():
+    outcome = loop.train(tiny("task"), Cell("sgd", "tune", 1e9, 0), steps=24)
+    assert outcome.metric is None
+    assert outcome.reason.startswith("diverged at step ")
+    assert outcome.curve[-1][0] < 24
+
+
+def test_a_run_far_above_its_first_loss_is_given_up_only_when_it_stays_there():
+    high, low = (3, 0.0, 3.1, 0.0), (3, 0.0, 2.9, 0.0)
+    assert "it began at 1" in loop.diverged(1.0, [high, high])
+    assert loop.diverged(1.0, [high]) == loop.diverged(1.0, [high, low, high]) == ""
+    assert "loss is nan" in loop.diverged(1.0, [(3, 0.0, math.nan, 0.0)])
+
+
+def test_sam_and_weight_averages_take_part_in_a_race():
+    plain, sam, average = (
+        loop.train(tiny("task"), Cell(c, "tune", 0.05, 1), steps=24)
+        for c in ("sgd", "sgd + sam", "sgd + weight_average")
+    )
+    assert "" == plain.reason == sam.reason == average.reason
+    assert len({plain.metric, sam.metric, average.metric}) == 3
+
+
+def test_a_probe_tells_a_no_op_from_a_change():
+    same, other = (
+        loop.probe(tiny("task"), c, lr=0.01, steps=24)["digest"] for c in ("adamw", "adamw(weight_decay=0.5)")
+    )
+    assert loop.probe(tiny("task"), "adamw", lr=0.01, steps=24)["digest"] == same != other
+
+
+def test_a_recipe_that_finds_nothing_on_this_model_is_refused():
+    with pytest.raises(InputError, match="dyt"):
+        loop.probe(lambda seed: a_task(), "adamw + dyt", lr=0.01, steps=5)
