@@ -127,7 +127,8 @@ def test_listing_does_not_load_the_race():
 @pytest.mark.parametrize("args", [["list", "--json"], ["--version"]], ids=" ".join)
 def test_a_reader_that_leaves_early_is_no_error(args):
     """As in `etude list | head`: no traceback, whether the pipe breaks while printing or at the end."""
-    with subprocess.Popen([*ETUDE, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with subprocess.Popen([*ETUDE, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered) as run:
         run.stdout.close()
         assert run.stderr.read() == b""
 

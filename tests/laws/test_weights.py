@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize as P
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from etude import weights
+from etude import rules, weights
 from etude._method import methods, stamp
 
 MAPS = {m.name: m.fn for (room, _), m in methods().items() if room == "weights"}
@@ -44,6 +44,16 @@ class Gain(weights.Adapter):
 
     def linear(self, x, base):
         return base(x) * self.s
+
+
+class Double(weights.Map):
+    """W = 2 V: the plainest reparametrisation whose right inverse is not the identity."""
+
+    def forward(self, v):
+        return 2 * v
+
+    def right_inverse(self, w):
+        return w / 2
 
 
 def sample(shape, dtype):
@@ -305,6 +315,21 @@ def test_two_reparametrisations_on_one_weight():
     torch.testing.assert_close(weights.merge(model)(X), y)
 
 
+def test_a_second_reparametrisation_changes_nothing_either():
+    model = weights.put(mlp(), weights.weight_norm())
+    y = model(X)
+    torch.testing.assert_close(weights.put(model, Double())(X), y)
+
+
+@every_reparametrisation
+def test_acting_on_a_map_in_training_moves_no_buffer(make):
+    model = weights.put(mlp(), make()).train()
+    before = copy.deepcopy(model.state_dict())
+    weights.unmerge(weights.merge(model))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model[0].parametrizations.weight[0].training
+
+
 # -- adapters ---------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +391,15 @@ def test_disabled_is_the_base_bit_for_bit(make):
         weights.merge(model)
     weights.enable(model)
     assert not torch.allclose(model(x), y)
+
+
+@pytest.mark.parametrize("name", [name for name, fn in ADAPTERS.items() if fn().additive])
+def test_adapters_that_merely_add_are_merged_in_any_order(name):
+    model = stirred(weights.put(weights.put(mlp(), ADAPTERS[name](), name="a"), ADAPTERS[name](), name="b"))
+    y = model(X)
+    weights.merge(model, "b")
+    assert [m.name for m in model[0].parametrizations.weight] == ["a"]
+    torch.testing.assert_close(model(X), y)
 
 
 @every_adapter
@@ -605,6 +639,29 @@ def test_a_file_of_another_kind_or_format_is_refused(tmp_path):
 def test_an_adapter_without_a_stamp_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="not made by a @method factory"):
         weights.save(weights.put(mlp(), Gain()), tmp_path)
+
+
+@every_twin
+def test_a_layer_with_another_map_on_its_bias_gets_its_forward_back(make):
+    layer = nn.Linear(6, 5).double()
+    P.register_parametrization(layer, "bias", nn.Tanh())
+    stirred(weights.put(layer, make(), on="weight"))
+    y = layer(X)
+    torch.testing.assert_close(F.linear(X, layer.weight, layer.bias), y)
+    torch.testing.assert_close(weights.merge(layer)(X), y)
+    assert type(layer).forward is nn.Linear.forward
+
+
+def test_an_optimizer_of_ours_trains_the_adapter_put_later():
+    model = mlp()
+    opt = rules.optimizer(model, rules.adamw())
+    for later in (False, True):
+        if later:
+            weights.put(model, weights.lora(), optimizer=opt)
+        opt.zero_grad()
+        model(X).square().sum().backward()
+        opt.step()
+    assert model[0].parametrizations.weight[0].B.abs().min() > 0
 
 
 def test_parameters_of_a_frozen_model_get_a_group_of_their_own():

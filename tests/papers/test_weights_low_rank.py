@@ -104,3 +104,14 @@ def test_lora_of_a_grouped_and_dilated_kernel_is_the_convolution_with_the_change
 def test_lora_refuses_rank_zero():
     with pytest.raises(ValueError, match="r=0 must be at least 1"):
         weights.lora(r=0)
+
+
+def test_lora_is_merged_alone_while_another_stays():
+    layer, x = nn.Linear(5, 4, dtype=F64), torch.randn(3, 5, dtype=F64)
+    for name in ("under", "over"):
+        weights.put(layer, weights.lora(r=2), on="weight", name=name)
+        nn.init.normal_(layer.parametrizations.weight[-1].B)
+    y = layer(x)
+    weights.merge(layer, "over")
+    assert [m.name for m in layer.parametrizations.weight] == ["under"]
+    torch.testing.assert_close(layer(x), y)

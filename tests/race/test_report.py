@@ -194,6 +194,8 @@ def test_the_forest_ranks_the_best_first_and_the_failed_last(result):
     assert [ranked[0].contender, ranked[-1].word] == ["muon", "failed"]
     differences = [s.difference for s in ranked[:-1]]
     assert differences == sorted(differences)
+    survivors = replace(ranked[-1], difference=-1.0)  # its few survivors may look the best
+    assert sorted([survivors, *ranked], key=lambda s: _forest._rank(s, True))[0] is ranked[0]
 
 
 def test_a_bar_beyond_the_axis_is_cut_and_carries_an_arrow(result):
@@ -215,6 +217,8 @@ def test_r12_time_to_target_counts_runs_that_never_arrive_as_infinitely_late(res
     assert report._cost(result, by_name["prodigy"])["steps"] == "–"
     assert report._middle([(10, 1.0), None, (20, 2.0)], 0) == 20
     assert report._middle([None, None, (20, 2.0)], 0) is None
+    assert report._middle([(10, 1.0), None], 0) == 10  # half arrive: so does the baseline by its own target
+    assert cost["steps"] != "–"
 
 
 def everything_failed(result):

@@ -202,6 +202,8 @@ def test_every_contender_of_a_seed_starts_at_the_same_weights_and_sees_the_same_
     assert all(torch.equal(next(runs[0].stream)[0], next(runs[1].stream)[0]) for _ in range(5))
     other = loop.Run(tiny("task"), "adamw", lr=0.1, seed=6, steps=8, device="cpu")
     assert not torch.equal(one[0], next(other.model.parameters()))
+    again = loop.Run(tiny("task"), "adamw", lr=0.1, seed=5, steps=8, device="cpu")
+    assert not all(torch.equal(next(again.stream)[0], next(other.stream)[0]) for _ in range(5))
 
 
 def test_a_cell_gives_the_same_bits_twice_and_its_curve_ends_at_the_last_step():

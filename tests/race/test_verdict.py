@@ -303,6 +303,9 @@ def test_r2_the_control_tells_when_the_baseline_differs_from_itself():
     assert control.word == verdict.SAME
     _, control = race(a=BASE, aa=[None] * 9 + [1.0])
     assert control.word == verdict.UNCHECKED
+    elsewhere = finals("base", NOISE[1], best=5, seeds=AA, stage="aa")  # at another lr it is another method
+    _, control = verdict.judge(plan("a"), tuning("base") + finals("base", BASE) + elsewhere)
+    assert control.word == verdict.UNCHECKED
 
 
 def test_rho_visible_and_more_are_those_of_the_pairs():

@@ -24,8 +24,8 @@ def scan(papers: Path) -> dict[str, list[str]]:
 
 
 def paper_tests() -> dict[str, list[str]]:
-    """The paper tests of the checkout this file lies in; of the wheel where there is no checkout."""
-    if _CHECKOUT.is_dir():
+    """The paper tests of the checkout this file lies in, else those of the wheel; a bare copy of src has none."""
+    if _CHECKOUT.is_dir() or not _SHIPPED.is_file():
         return scan(_CHECKOUT)
     shipped: dict[str, list[str]] = json.loads(_SHIPPED.read_text(encoding="utf-8"))
     return shipped

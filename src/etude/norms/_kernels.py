@@ -51,10 +51,11 @@ class _Rms(torch.autograd.Function):
     def forward(x: Tensor, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         v, u = _wide(x, w)
         if torch.compiler.is_compiling():
-            r = (v.square().mean(-1, keepdim=True) + eps).rsqrt()
-        else:
-            norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-            r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            # Not by r, which backward wants saved: the compiler would give r, and then y, a pass of their own.
+            ms = v.square().mean(-1, keepdim=True) + eps
+            return (v * u / ms.sqrt()).to(x.dtype), ms.rsqrt()
+        norm = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
+        r = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         return (v * u).mul_(r).to(x.dtype), r
 
     @staticmethod

@@ -41,15 +41,8 @@ class Member:
 
     @property
     def real(self) -> Tensor:
-        """The parameter as real numbers: complex ones gain a last axis of 2."""
-        p = self.p.detach()
-        return torch.view_as_real(p) if p.is_complex() else p
-
-    @property
-    def grad(self) -> Tensor:
-        g = self.p.grad
-        assert g is not None
-        return torch.view_as_real(g) if g.is_complex() else g
+        """The parameter's memory as real numbers: complex ones gain a last axis of 2."""
+        return torch.view_as_real(self.p.detach()) if self.p.is_complex() else self.p.detach()
 
 
 @dataclass
@@ -137,7 +130,7 @@ class Bucket:
             buffer = self.room[into] = torch.empty(n, dtype=self.dtype, device=first.device)
         flat = buffer[:n]
         if first.dtype == self.dtype:
-            torch.cat([x.reshape(-1) for x in xs], out=flat)
+            torch.cat([x if x.ndim == 1 else x.reshape(-1) for x in xs], out=flat)
         else:
             flat.copy_(torch.cat([x.reshape(-1) for x in xs]))
         return flat if self.layout == "flat" else flat.view(len(xs), *self._one(first)[1:])
@@ -165,6 +158,8 @@ class Work:
     def land(self, rounding: str) -> None:
         """Put the weights, and the state if it was gathered, back where they live."""
         b = self.bucket
+        if self.w is b.resident:
+            return
         ps = [b.members[i].real for i in self.members]
         if "compensation" in self.state[-1]:
             rounded = self.w.to(ps[0].dtype)
@@ -190,21 +185,28 @@ class Work:
 
 def works(bucket: Bucket, maximize: bool) -> list[Work]:
     """The bucket's members that have a gradient, by step count. Mostly that is all of them, and nothing is copied."""
-    by_count: dict[int, list[int]] = {}
+    by_count: dict[int, tuple[list[int], list[Tensor]]] = {}
     for i, m in enumerate(bucket.members):
-        if m.p.grad is not None:
-            if m.p.grad.layout != torch.strided:
-                raise RuntimeError(f"{m.name or 'a parameter'} has a sparse gradient; etude's rules need dense ones")
-            by_count.setdefault(m.t, []).append(i)
-    return [_work(bucket, mine, t + 1, maximize) for t, mine in sorted(by_count.items())]
+        g = m.p.grad
+        if g is None:
+            continue
+        if g.layout is not torch.strided:
+            raise RuntimeError(f"{m.name} has a sparse gradient; etude's rules need dense ones")
+        mine, gs = by_count.setdefault(m.t, ([], []))
+        mine.append(i)
+        gs.append(torch.view_as_real(g) if g.is_complex() else g)
+    return [
+        _work(bucket, mine, gs, t + 1, str(n), maximize) for n, (t, (mine, gs)) in enumerate(sorted(by_count.items()))
+    ]
 
 
-def _work(bucket: Bucket, mine: list[int], t: int, maximize: bool) -> Work:
+def _work(bucket: Bucket, mine: list[int], gs: list[Tensor], t: int, room: str, maximize: bool) -> Work:
     ms = [bucket.members[i] for i in mine]
     whole = len(mine) == len(bucket.members)
-    part = "" if whole else str(t)  # several counts may be on their way at once: each needs its own room
-    w = bucket.resident if bucket.resident is not None and whole else bucket.gather([m.real for m in ms], "w" + part)
-    g = bucket.gather([m.grad for m in ms], "g" + part)
+    stays = whole and bucket.resident is not None
+    w = bucket.resident if stays else bucket.gather([m.real for m in ms], "w" + room)
+    assert w is not None
+    g = bucket.gather(gs, "g" + room)
     state = bucket.state
     if not whole:
         state = [{n: _pick(bucket, x, mine) for n, x in entry.items()} for entry in bucket.state]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from etude.rules._bucket import LOW, Bucket, Member, Work, layout, totals, works
-from etude.rules._kernel import NoKernel, Numbers, as_tensors, compiled, run
+from etude.rules._kernel import NoKernel, Numbers, compiled, run
 from etude.rules._rule import Bag, Chain
 
 Engine = Literal["eager", "compiled", "reference"]
@@ -46,7 +46,6 @@ class RuleOptimizer(torch.optim.Optimizer):
         """Drop the buckets. They are a cache over ``state`` and the groups, and the next step builds them again."""
         self._buckets: list[Bucket] | None = None
         self._made: dict[int, tuple[dict[str, Any], Chain]] = {}
-        self._tensors: dict[tuple[int, int], dict[tuple[int, str], Tensor]] = {}
 
     # -- groups and state -----------------------------------------------------------------------------------------
 
@@ -155,8 +154,6 @@ class RuleOptimizer(torch.optim.Optimizer):
             numbers = [
                 {**part.numbers(), **part.clock(work.t), **{k: shared[k] for k in part.reads}} for part in chain.parts
             ]
-            if self.engine == "compiled":
-                numbers = as_tensors(numbers, self._tensors.setdefault((key[0], len(seen)), {}))
             seen[key] = numbers
         return seen[key]
 

@@ -33,6 +33,7 @@ def run(
 
 
 _BUILT: dict[Any, Callable[..., None]] = {}
+_OPTIONS = {"size_asserts": False}  # checked by dynamo already, and counted in microseconds at every call
 
 
 def compiled(
@@ -41,24 +42,28 @@ def compiled(
 ) -> None:  # fmt: skip
     """w ← w − run(…) as one kernel for this structure of a chain, built once a process, at its first call.
 
-    Sizes are symbols and numbers are tensors, so neither a shape nor a schedule builds it again. The kernel's
-    arguments are one flat tuple: nested ones are checked at every call, at five times its cost.
+    Sizes are symbols and numbers are a tensor, so neither a shape nor a schedule builds it again. The kernel's
+    arguments are few and flat: each one is checked at every call.
     """
-    keys = tuple((tuple(s), tuple(n)) for s, n in zip(states, numbers))
+    keys = tuple((tuple(s), tuple((k, isinstance(v, Tensor)) for k, v in n.items())) for s, n in zip(states, numbers))
     key = (structure, keys, u is None)
     if key not in _BUILT:
         _BUILT[key] = _build(f"{name}_{len(_BUILT)}", tuple(parts), keys, u is None)
-    flat = [x for s, n in zip(states, numbers) for d in (s, n) for x in d.values()]
-    _BUILT[key](g, w, *flat) if u is None else _BUILT[key](g, w, *flat, u)
+    tensors = [x for s in states for x in s.values()]
+    tensors += [x for n in numbers for x in n.values() if isinstance(x, Tensor)]
+    _BUILT[key](g, w, _packed(numbers), *tensors, *(() if u is None else (u,)))
+
+
+def _packed(numbers: Numbers) -> Tensor:
+    """The plain numbers in order, as one float64 tensor."""
+    return torch.tensor([x for n in numbers for x in n.values() if not isinstance(x, Tensor)], dtype=torch.float64)
 
 
 def _build(name: str, parts: tuple[Part, ...], keys: tuple[Any, ...], fresh: bool) -> Callable[..., None]:
-    def kernel(g: Tensor, w: Tensor, *flat: Tensor) -> None:
-        left = iter(flat)
-        states, numbers = [], []
-        for state, number in keys:
-            states.append({key: next(left) for key in state})
-            numbers.append({key: next(left) for key in number})
+    def kernel(g: Tensor, w: Tensor, packed: Tensor, *tensors: Tensor) -> None:
+        left, scalars = iter(tensors), iter(packed.unbind(0))
+        states = [{key: next(left) for key in state} for state, _ in keys]
+        numbers = [{key: next(left) if tensor else next(scalars) for key, tensor in number} for _, number in keys]
         u = g if fresh else next(left)
         w.sub_(run(parts, u, g, w, states, numbers)[0])
 
@@ -66,7 +71,7 @@ def _build(name: str, parts: tuple[Part, ...], keys: tuple[Any, ...], fresh: boo
     code = kernel.__code__.replace(co_name=name)
     own = types.FunctionType(code, kernel.__globals__, name, None, kernel.__closure__)
     log.info("etude: building the kernel %s, some seconds, once", name)
-    built = torch.compile(own, dynamic=True, fullgraph=True)
+    built = torch.compile(own, dynamic=True, fullgraph=True, options=_OPTIONS)
 
     def call(*args: Tensor) -> None:
         try:
@@ -76,16 +81,3 @@ def _build(name: str, parts: tuple[Part, ...], keys: tuple[Any, ...], fresh: boo
             raise NoKernel(lines[0].strip() if lines else type(error).__name__) from None
 
     return call
-
-
-def as_tensors(numbers: Numbers, kept: dict[tuple[int, str], Tensor]) -> Numbers:
-    """The numbers as 0-d tensors that live from step to step and are refilled: values, never constants of a kernel."""
-    for i, number in enumerate(numbers):
-        for key, value in number.items():
-            if isinstance(value, Tensor):
-                kept[i, key] = value
-            elif (i, key) in kept:
-                kept[i, key].fill_(value)
-            else:
-                kept[i, key] = torch.tensor(value, dtype=torch.float64)
-    return [{key: kept[i, key] for key in number} for i, number in enumerate(numbers)]
