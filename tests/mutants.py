@@ -47,19 +47,73 @@ MUTANTS = [
     Mutant("_commands.py", "        return 2\n", "        return 1\n", "test_cli.py::test_bad_input_is_one_line_and_writes_nothing"),
     Mutant("cli.py", "        sys.stdout.flush()\n", "", "test_cli.py::test_a_reader_that_leaves_early_is_no_error"),
     # init
+    Mutant("init/identity.py", "(m - 1).bit_length() / 2)", "(m - 1).bit_length() // 2)", "papers/test_init_identity.py"),
+    Mutant("init/identity.py", "k // 2)", "(k - 1) // 2)", "papers/test_init_identity.py"),
     # weights
+    Mutant("weights/direction.py", "return v * (g / self._norm(v))", "return v * g / self._norm(v.detach())", "papers/test_weights_direction.py"),
+    Mutant("weights/direction.py", "(w - mean) * (var", "(w - mean.detach()) * (var", "papers/test_weights_direction.py"),
+    Mutant("weights/low_rank.py", "self.r, self.scale = r, alpha / r", "self.r, self.scale = r, alpha", "papers/test_weights_low_rank.py"),
+    Mutant("weights/_map.py", "inside = bias if all(m.additive for m in above) else None", "inside = bias", "laws/test_weights.py"),
+    Mutant("weights/_map.py", "w = self.eval().make(maps)", "w = self.make(maps)", "laws/test_weights.py"),
     # norms
     # blocks
     # losses
+    Mutant("losses/classify.py", "/ (logits.shape[-1] - 1)", "/ logits.shape[-1]", "papers/test_losses_classify.py"),
+    Mutant("losses/classify.py", "torch.log_softmax(logits, -1)", "torch.log_softmax(logits, 0)", "papers/test_losses_classify.py"),
     # risks
+    Mutant("risks/robust.py", "self.step_size * loss.detach()", "self.step_size * loss", "papers/test_risks_robust.py laws/test_risks.py"),
+    Mutant("risks/robust.py", "adjustment / math.sqrt(n)", "adjustment / n", "papers/test_risks_robust.py"),
+    Mutant("risks/robust.py", "count.clamp(min=1)", "count", "papers/test_risks_robust.py laws/test_risks.py"),
     # penalties
+    Mutant("penalties/weights.py", "w.flatten(1), dim=1", "w.flatten(1), dim=0", "papers/test_penalties_weights.py"),
+    Mutant("penalties/weights.py", ".square().sum()", ".square().mean()", "papers/test_penalties_weights.py"),
     # gradients
+    Mutant("gradients/sharpness.py", "x.copy_(old)", "x.sub_(x - old)", "papers/test_gradients_sharpness.py laws/test_gradients.py"),
+    Mutant("gradients/sharpness.py", "w.add_(g * scale.to(w.device))", "w.add_(g * (rho / g.norm()))", "papers/test_gradients_sharpness.py"),
+    Mutant("gradients/sharpness.py", "            _rewind(generators)", "            pass", "papers/test_gradients_sharpness.py"),
+    Mutant("gradients/_gradient.py", "return loss.detach(), ", "return loss, ", "laws/test_gradients.py"),
     # rules
+    Mutant("_linalg.py", "gram, gram, gram, beta=b, alpha=c", "gram, gram, gram, beta=b, alpha=b", "papers/test_rules_named.py"),
+    Mutant("_linalg.py", "y.flatten(-2).norm(dim=-1)", "y.flatten(-3).norm(dim=-1)", "laws/test_rules.py"),
+    Mutant("_roles.py", 'elif role == "embedding"', 'elif role == "head"', "test_rules_engine.py"),
+    Mutant("rules/statistic.py", "mix_(s.exp_avg, u, c.beta2)", "mix_(s.exp_avg, u, c.beta1)", "papers/test_rules_named.py"),
+    Mutant("rules/statistic.py", "m = m / c.bias if self.debias else m", "m = m", "papers/test_rules_named.py"),
+    Mutant("rules/statistic.py", "mix_(s.exp_avg.clone(), u, c.beta1)", "mix_(s.exp_avg, u, c.beta1)", "papers/test_rules_named.py"),
+    Mutant("rules/geometry.py", "mix_square_(s.exp_avg_sq, g, c.beta)", "mix_square_(s.exp_avg_sq, u, c.beta)", "papers/test_rules_named.py"),
+    Mutant("rules/geometry.py", "0.2 * math.sqrt(max(m, n))", "0.2 * math.sqrt(min(m, n))", "papers/test_rules_named.py"),
+    Mutant("rules/geometry.py", "math.sqrt(max(1, m / n))", "math.sqrt(max(1, n / m))", "papers/test_rules_named.py"),
+    Mutant("rules/gate.py", "torch.add(u, w, alpha=rate) if rate else u", "torch.sub(u, w, alpha=rate) if rate else u", "papers/test_rules_named.py"),
+    Mutant("rules/gate.py", "size / step, 1.0)", "step / size, 1.0)", "papers/test_rules_named.py"),
+    Mutant("rules/_rule.py", "vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)", "vector_norm(x)", "laws/test_rules.py::test_a_rule_on_a_stack_equals_the_rule_on_each_member_alone"),
+    Mutant("rules/_rule.py", "average.lerp_(x, 1 - beta)", "average.lerp_(x, beta)", "papers/test_rules_named.py"),
+    Mutant("rules/_bucket.py", "        m.t = t\n", "        m.t = t + 1\n", "laws/test_rules.py"),
+    Mutant("rules/_bucket.py", 'self.state[-1]["compensation"].copy_(self.w - rounded)', 'self.state[-1]["compensation"].copy_(rounded - self.w)', "test_rules_engine.py"),
+    Mutant("rules/_bucket.py", "total.index_add_(0, i,", "total.index_add_(0, i * 0,", "laws/test_rules.py"),
+    Mutant("rules/_bucket.py", "sorted(by_count.items())", "sorted(by_count.items())[:1]", "laws/test_rules.py"),
+    Mutant("rules/_rounding.py", "(key ^ (t * 0x85EBCA77))", "key", "test_rules_engine.py"),
+    Mutant("rules/_engine.py", "else torch.float32 if p.dtype in LOW else p.dtype", "else p.dtype", "laws/test_rules.py"),
+    Mutant("rules/_engine.py", "params = [at[name] for name in mine[\"param_names\"]]", "params = list(at.values())", "test_rules_engine.py"),
+    Mutant("rules/_engine.py", "v.to(p.device, copy=True)", "v.to(p.device, p.dtype, copy=True)", "laws/test_rules.py"),
+    Mutant("rules/_optimizer.py", 'role in MATRICES', 'role == "hidden"', "test_rules_engine.py"),
     # schedules
+    Mutant("schedules/_schedule.py", "self.second(t - self.first.length)", "self.second(t)", "laws/test_schedules.py"),
+    Mutant("schedules/decay.py", "span * self.t_mult", "span + self.t_mult", "papers/test_schedules_decay.py"),
     # after
+    Mutant("after/average.py", "torch.promote_types(w.dtype, torch.float32)", "w.dtype", "papers/test_after_average.py"),
+    Mutant("after/average.py", "1 / (cycles + 1)", "1 / (cycles + 2)", "papers/test_after_average.py"),
+    Mutant("after/project.py", "joint = name + AND + offset if offset in weights else name", "joint = name", "papers/test_after_project.py"),
     # probes
+    Mutant("probes/signal.py", "(w - kept).norm() / kept.norm()", "(w - kept).norm() / w.norm()", "papers/test_probes_signal.py"),
     # recipes
+    Mutant("recipes/_recipe.py", "{**dict(found[0].knobs), **given}", "given", "test_recipes.py"),
+    Mutant("recipes/_part.py", "taken[1:] if method.room in FED else taken", "taken", "test_recipes.py"),
+    Mutant("step.py", "total: Tensor = risk(each)", "total: Tensor = each.mean()", "test_step.py"),
     # race
+    Mutant("race/_statistics.py", "worst = max(worst, min(1.0, (len(p) - rank) * p[i]))", "worst = min(1.0, (len(p) - rank) * p[i])", "race/test_verdict.py"),
+    Mutant("race/_statistics.py", "special.stdtrit(len(x) - 1, (1 + level) / 2)", "special.stdtrit(len(x), (1 + level) / 2)", "race/test_verdict.py"),
+    Mutant("race/verdict.py", '"under-tuned" if standing.at_edge else "worse"', '"worse"', "race/test_verdict.py"),
+    Mutant("race/verdict.py", "1 - 2 * plan.alpha", "1 - plan.alpha", "race/test_verdict.py"),
+    Mutant("race/report.py", "autoescape=True", "autoescape=False", "race/test_report.py"),
 ]  # fmt: skip
 
 
@@ -77,7 +131,21 @@ def pytest(tree: Path, tests: str, *more: str) -> subprocess.CompletedProcess[st
     """Run the tests of a copy on the sources of that copy."""
     env = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     named = [str(tree / "tests" / test) for test in tests.split()]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", *more, *named]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "-q",
+        "-p",
+        "no:xdist",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "not long",
+        *more,
+        *named,
+    ]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=1200)
 
 

@@ -133,7 +133,8 @@ def test_a_method_keeps_the_house_rules(r):
     assert len(r["title"]) > 5
     assert 1800 <= r["year"] <= 2100
     arxiv = r["url"].removeprefix("https://arxiv.org/abs/")
-    assert arxiv == r["url"] or re.fullmatch(r"\d{4}\.\d{4,5}|[a-z-]+(\.[A-Z]{2})?/\d{7}", arxiv), r["url"]
+    ids = r"(0[7-9]|1[0-4])\d\d\.\d{4}|(1[5-9]|[2-9]\d)\d\d\.\d{5}|[a-z-]+(\.[A-Z]{2})?/\d{7}"  # five digits since 2015
+    assert arxiv == r["url"] or re.fullmatch(ids, arxiv), r["url"]
     assert re.match(r"https?://[\w.-]+\.\w+/\S+$", r["url"])
     assert r["tests"], f"write tests/papers/test_{r['room']}_{r['family']}.py::test_{r['name']}_<what the paper says>"
 

@@ -55,6 +55,15 @@ def test_a_tied_head_is_an_embedding_and_counts_once():
     assert len(held) == len(set(held)) == len(list(Small().parameters()))
 
 
+def test_a_head_under_a_map_is_still_the_head():
+    for name in ("0", "2"):
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        nn.utils.parametrizations.weight_norm(model.get_submodule(name))
+        found = roles(model)
+        assert found["2.weight" if name == "0" else "2.parametrizations.weight.original1"] == "head"
+        assert sorted(found.values()) == ["bias", "bias", "head", "hidden", "vector"]
+
+
 def test_the_head_by_use_when_it_is_defined_first():
     class Backwards(nn.Module):
         def __init__(self):

@@ -10,7 +10,6 @@ import importlib.metadata
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from etude import after as after

@@ -30,7 +30,11 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None, inputs: 
     for path, module in model.named_modules(remove_duplicate=False):
         for name, p in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
-            role = "head" if p is head and isinstance(module, nn.Linear) else _role(model, path, module, name, p)
+            role = (
+                "head"
+                if p is head and isinstance(module, (nn.Linear, ParametrizationList))
+                else _role(model, path, module, name, p)
+            )
             if id(p) not in by_id:
                 by_id[id(p)] = full
                 found[full] = role
@@ -101,11 +105,20 @@ def _head(model: nn.Module) -> Tensor | None:
         return weight if isinstance(weight, Tensor) else None
     last: tuple[str, nn.Module] | None = None
     for path, module in model.named_modules():
-        if any(p.ndim >= 2 for n, p in module.named_parameters(recurse=False)) and ".parametrizations." not in path:
+        own = isinstance(module, nn.Linear) or any(p.ndim >= 2 for p in module.parameters(recurse=False))
+        if own and "parametrizations" not in path.split("."):
             last = (path, module)
     if last is None or not isinstance(last[1], nn.Linear) or _in_block(model, last[0]):
         return None
-    return last[1].weight
+    return _stored(last[1])
+
+
+def _stored(layer: nn.Linear) -> Tensor:
+    """The layer's weight as it is trained: under a parametrisation, the original of full size."""
+    if "weight" not in getattr(layer, "parametrizations", ()):
+        return layer.weight
+    full = (layer.out_features, layer.in_features)
+    return next(p for p in layer.parametrizations.weight.parameters(recurse=False) if p.shape == full)  # type: ignore[union-attr]
 
 
 def _in_block(model: nn.Module, path: str) -> bool:
@@ -129,7 +142,7 @@ def _last_used(model: nn.Module, inputs: Any) -> Tensor | None:
     hooks = [
         m.register_forward_hook(lambda mod, _args, _out: calls.append(mod))
         for m in model.modules()
-        if any(p.ndim >= 2 for p in m.parameters(recurse=False)) or isinstance(m, nn.Linear)
+        if isinstance(m, nn.Linear) or any(p.ndim >= 2 for p in m.parameters(recurse=False))
     ]
     try:
         args = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -137,7 +150,7 @@ def _last_used(model: nn.Module, inputs: Any) -> Tensor | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return calls[-1].weight if calls and isinstance(calls[-1], nn.Linear) else None
+    return _stored(calls[-1]) if calls and isinstance(calls[-1], nn.Linear) else None
 
 
 def _check_role(role: str) -> str:

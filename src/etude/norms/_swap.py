@@ -114,7 +114,7 @@ def _leave_fast_paths(model: nn.Module, news: set[int]) -> None:
             m.activation_relu_or_gelu = 0
     for m in model.modules():
         if isinstance(m, nn.TransformerEncoder) and any(not getattr(x, "activation_relu_or_gelu", 1) for x in m.layers):
-            pass
+            m.use_nested_tensor = False
 
 
 def _types(model: nn.Module) -> str:
