@@ -3,10 +3,10 @@ PY ?= python3
 BIN := .venv/bin
 .PHONY: race test setup lint mutants bench docs clean
 
-race: .venv/race.ready
+race: setup
 	$(BIN)/etude race digits adamw "sgd(momentum=0.9)" lion lamb muon "adamw + dyt"
 
-test: .venv/test.ready lint
+test: setup lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 setup: .venv/race.ready

@@ -12,11 +12,17 @@ import torch
 
 RESULTS = Path(__file__).with_name("results.md")
 PARTS = {
-    "norms": "Norms, forward and backward, over torch's LayerNorm (eager)",
-    "weights": "LoRA, forward and backward, over a frozen Linear(1024, 1024)",
-    "optimizers": "One optimizer step over torch's fused AdamW (Muons: over torch's Muon)",
-    "imports": "`import etude` beside `import torch`",
+    "norms": ("norms", 1, "Norms, forward and backward, over torch's LayerNorm (eager); one thread, process time"),
+    "weights": ("weights", 1, "LoRA, forward and backward, over a frozen Linear(1024, 1024); one thread, process time"),
+    "optimizers": (
+        "optimizers",
+        1,
+        "One step over torch's fused AdamW (Muons: torch's Muon); one thread, process time",
+    ),
+    "optimizers2": ("optimizers", 2, "One step over torch's fused AdamW (Muons: torch's Muon); two threads, wall time"),
+    "imports": ("imports", 1, "`import etude` beside `import torch`; whole processes, wall time"),
 }
+"""Part → its file, its threads, its title."""
 
 
 def machine() -> str:
@@ -28,12 +34,14 @@ def machine() -> str:
 
 
 def run(part: str) -> list[tuple[str, float, str]]:
-    """The rows of one part, measured in a process of its own: one thread, and an allocator that keeps what is freed."""
-    keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30), "OMP_NUM_THREADS": "1"}
-    code = f"import torch; torch.set_num_threads(1); from benchmarks.{part} import rows; print(repr(rows()))"
+    """The rows of one part, measured in a process of its own, with an allocator that keeps what is freed."""
+    file, threads, _ = PARTS[part]
+    keep = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+    keep["OMP_NUM_THREADS"] = str(threads)
+    code = f"import torch; torch.set_num_threads({threads}); from benchmarks.{file} import rows; print(repr(rows()))"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **keep}, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"benchmarks.{part} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"benchmarks.{file} failed:\n{done.stderr[-2000:]}")
     rows: list[tuple[str, float, str]] = eval(done.stdout.splitlines()[-1], {"__builtins__": {}})
     return rows
 
@@ -43,11 +51,11 @@ def main() -> None:
     chosen = sys.argv[1:] or list(PARTS)
     page = [
         "# Measured", "", f"By `make bench` on {machine()}.", "",
-        "Ratios of medians in one run, the variants taking turns; one thread, process time. Smaller is faster.",
+        "Ratios of medians in one run, the variants taking turns. Smaller is faster.",
     ]  # fmt: skip
     for part in chosen:
-        print(f"{PARTS[part]}")
-        page += ["", f"## {PARTS[part]}", "", "| what | ratio | |", "|---|---:|---|"]
+        print(PARTS[part][-1])
+        page += ["", f"## {PARTS[part][-1]}", "", "| what | ratio | |", "|---|---:|---|"]
         for what, ratio, note in run(part):
             print(f"  {what:56s} {ratio:7.2f}  {note}", flush=True)
             page.append(f"| {what} | {ratio:.2f} | {note} |")

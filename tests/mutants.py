@@ -56,7 +56,14 @@ MUTANTS = [
     Mutant("weights/_map.py", "inside = bias if all(m.additive for m in above) else None", "inside = bias", "laws/test_weights.py"),
     Mutant("weights/_map.py", "w = self.eval().make(maps)", "w = self.make(maps)", "laws/test_weights.py"),
     # norms
+    Mutant("norms/_kernels.py", "q.mul_(4 * a * u)", "q.mul_(2 * a * u)", "laws/test_norms.py papers/test_norms_elementwise.py"),
+    Mutant("norms/_kernels.py", ".view(r.shape).mul_(r).div_(d)", ".view(r.shape).div_(d)", "laws/test_norms.py papers/test_norms_named.py"),
+    Mutant("norms/_norm.py", "(n / (n - 1) if self.center else 1.0)", "1.0", "laws/test_norms.py"),
+    Mutant("norms/_swap.py", "m.activation_relu_or_gelu = 0", "pass", "laws/test_norms.py"),
+    Mutant("norms/named.py", '"b (g c) ... -> b g"', '"b (c g) ... -> b g"', "papers/test_norms_named.py"),
     # blocks
+    Mutant("blocks/residual.py", "return self.norm_sum(x + y)", "return x + self.norm_sum(y)", "papers/test_blocks_residual.py"),
+    Mutant("blocks/attention.py", "F.normalize(k, dim=-1)", "F.normalize(k, dim=-2)", "papers/test_blocks_attention.py"),
     # losses
     Mutant("losses/classify.py", "/ (logits.shape[-1] - 1)", "/ logits.shape[-1]", "papers/test_losses_classify.py"),
     Mutant("losses/classify.py", "torch.log_softmax(logits, -1)", "torch.log_softmax(logits, 0)", "papers/test_losses_classify.py"),
@@ -109,6 +116,10 @@ MUTANTS = [
     Mutant("recipes/_part.py", "taken[1:] if method.room in FED else taken", "taken", "test_recipes.py"),
     Mutant("step.py", "total: Tensor = risk(each)", "total: Tensor = each.mean()", "test_step.py"),
     # race
+    Mutant("race/task.py", "count += len(targets)", "count += 1", "race/test_task.py"),
+    Mutant("race/loop.py", 'stream_seed(seed, "data")', 'stream_seed(0, "data")', "race/test_task.py"),
+    Mutant("race/store.py", "if checksum == _checksum(key, text) else None", "if checksum else None", "race/test_store.py"),
+    Mutant("race/plan.py", '+ MOST * ("tune", "final", "aa").index(stage)', '+ ("tune", "final", "aa").index(stage)', "race/test_task.py"),
     Mutant("race/_statistics.py", "worst = max(worst, min(1.0, (len(p) - rank) * p[i]))", "worst = min(1.0, (len(p) - rank) * p[i])", "race/test_verdict.py"),
     Mutant("race/_statistics.py", "special.stdtrit(len(x) - 1, (1 + level) / 2)", "special.stdtrit(len(x), (1 + level) / 2)", "race/test_verdict.py"),
     Mutant("race/verdict.py", '"under-tuned" if standing.at_edge else "worse"', '"worse"', "race/test_verdict.py"),

@@ -88,8 +88,9 @@ class Bucket:
         self.resident = whole
 
     def settled(self) -> bool:
-        """Whether the weights still live where ``settle`` put them."""
-        assert self.resident is not None
+        """Whether resident weights still live where ``settle`` put them; ``model.to()`` moves them."""
+        if self.resident is None:
+            return True
         at, size = self.resident.data_ptr(), self.resident.element_size()
         for m in self.members:
             if m.p.data_ptr() != at or m.p.dtype != self.resident.dtype:
@@ -154,6 +155,8 @@ class Work:
     state: list[dict[str, Tensor]]
     whole: bool
     numbers: list[dict[str, Any]] = field(default_factory=list)
+    packed: Tensor | None = None
+    """The numbers as one tensor, for a kernel."""
 
     def land(self, rounding: str) -> None:
         """Put the weights, and the state if it was gathered, back where they live."""

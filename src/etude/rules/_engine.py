@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from etude.rules._bucket import LOW, Bucket, Member, Work, layout, totals, works
-from etude.rules._kernel import NoKernel, Numbers, compiled, run
+from etude.rules._kernel import NoKernel, Numbers, compiled, packed, run
 from etude.rules._rule import Bag, Chain
 
 Engine = Literal["eager", "compiled", "reference"]
@@ -79,7 +79,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _plan(self, chains: Sequence[Chain]) -> list[Bucket]:
         """Put every parameter into a bucket, and make ``state`` views into the buckets, keeping what it held."""
-        if self._buckets is not None:
+        if self._buckets is not None and all(b.settled() for b in self._buckets):
             return self._buckets
         found: dict[Any, Bucket] = {}
         for i, (group, chain) in enumerate(zip(self.param_groups, chains)):
@@ -124,8 +124,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 loss = closure()
         chains = [self.rule(i) for i in range(len(self.param_groups))]
         buckets = self._plan(chains)
-        self._settle(buckets)
-        contexts: dict[tuple[int, int], Numbers] = {}
+        contexts: dict[Any, Any] = {}
         for arm in _arms(chains):
             mine = (b for b in buckets if b.group in arm)
             if any(part.width == "model" for part in chains[arm[0]].parts):
@@ -133,18 +132,12 @@ class RuleOptimizer(torch.optim.Optimizer):
             else:
                 for bucket in mine:
                     for work in works(bucket, self.maximize):
-                        work.numbers = self._context(work, chains[bucket.group], contexts)
+                        work.numbers, work.packed = self._context(work, chains[bucket.group], contexts)
                         self._finish(work, chains[bucket.group], 0)
         return loss
 
-    def _settle(self, buckets: Sequence[Bucket]) -> None:
-        """Whether resident weights still live where they were put; ``model.to()`` moves them."""
-        if self.resident and any(b.resident is not None and not b.settled() for b in buckets):
-            self._forget()
-            buckets[:] = self._plan([self.rule(i) for i in range(len(self.param_groups))])  # type: ignore[index]
-
-    def _context(self, work: Work, chain: Chain, seen: dict[tuple[int, int], Numbers]) -> Numbers:
-        """The parts' numbers at this step: fields, what depends on t, and the schedule's multiplier."""
+    def _context(self, work: Work, chain: Chain, seen: dict[Any, Any]) -> tuple[Numbers, Tensor | None]:
+        """The parts' numbers at this step (fields, what depends on t, the schedule's multiplier), once per group."""
         key = (work.bucket.group, work.t)
         if key not in seen:
             group = self.param_groups[work.bucket.group]
@@ -154,15 +147,16 @@ class RuleOptimizer(torch.optim.Optimizer):
             numbers = [
                 {**part.numbers(), **part.clock(work.t), **{k: shared[k] for k in part.reads}} for part in chain.parts
             ]
-            seen[key] = numbers
-        return seen[key]
+            seen[key] = (numbers, packed(numbers) if self.engine == "compiled" else None)
+        found: tuple[Numbers, Tensor | None] = seen[key]
+        return found
 
-    def _in_phases(self, all_works: list[Work], chains: Sequence[Chain], contexts: dict[Any, Numbers]) -> None:
+    def _in_phases(self, all_works: list[Work], chains: Sequence[Chain], contexts: dict[Any, Any]) -> None:
         """A chain with model-wide parts: every work up to such a part, one sum per owner model, then on."""
         if not all_works:
             return
         for work in all_works:
-            numbers = self._context(work, chains[work.bucket.group], contexts)
+            numbers, _ = self._context(work, chains[work.bucket.group], contexts)
             work.numbers = [dict(n) for n in numbers]  # each work gets its own totals
         start = 0
         for i, part in enumerate(chains[all_works[0].bucket.group].parts):
@@ -190,10 +184,12 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _compiled(self, work: Work, chain: Chain, start: int) -> bool:
         """Play the parts as one kernel. Where none can be built for this layout, say so once and go on eagerly."""
-        u = work.u if start else None
         states, numbers = work.state[start:-1], work.numbers[start:]
+        floats = packed(numbers) if work.packed is None else work.packed
+        kernel = compiled(chain.name, chain.structure[start:], chain.parts[start:], states, numbers, fresh=not start)
+        tensors = [x for given in (*states, *numbers) for x in given.values() if isinstance(x, Tensor)]
         try:
-            compiled(chain.name, chain.structure[start:], chain.parts[start:], work.g, work.w, states, numbers, u)
+            kernel(work.g, work.w, floats, *tensors, *((work.u,) if start else ()))
         except NoKernel as error:
             if not any(b.plain for b in self._buckets or ()):
                 log.warning("etude: no compiled kernel for %s (%s); eager goes on", chain.name, error)

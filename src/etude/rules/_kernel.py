@@ -37,24 +37,22 @@ _OPTIONS: dict[str, Any] = {"size_asserts": False}  # the compiler's guards chec
 
 
 def compiled(
-    name: str, structure: tuple[Any, ...], parts: Sequence[Part], g: Tensor, w: Tensor, states: States,
-    numbers: Numbers, u: Tensor | None = None,
-) -> None:  # fmt: skip
+    name: str, structure: tuple[Any, ...], parts: Sequence[Part], states: States, numbers: Numbers, *, fresh: bool
+) -> Callable[..., None]:
     """w ← w − run(…) as one kernel for this structure of a chain, built once a process, at its first call.
 
-    Sizes are symbols and numbers are a tensor, so neither a shape nor a schedule builds it again. The kernel's
-    arguments are few and flat: each one is checked at every call.
+    It takes g, w, the packed numbers, the tensors among states and numbers in order, and u unless ``fresh``, when u is
+    g. Sizes are symbols and numbers are a tensor, so neither a shape nor a schedule builds it again; the arguments are
+    few and flat because each one is checked at every call.
     """
     keys = tuple((tuple(s), tuple((k, isinstance(v, Tensor)) for k, v in n.items())) for s, n in zip(states, numbers))
-    key = (structure, keys, u is None)
+    key = (structure, keys, fresh)
     if key not in _BUILT:
-        _BUILT[key] = _build(f"{name}_{len(_BUILT)}", tuple(parts), keys, u is None)
-    tensors = [x for s in states for x in s.values()]
-    tensors += [x for n in numbers for x in n.values() if isinstance(x, Tensor)]
-    _BUILT[key](g, w, _packed(numbers), *tensors, *(() if u is None else (u,)))
+        _BUILT[key] = _build(f"{name}_{len(_BUILT)}", tuple(parts), keys, fresh)
+    return _BUILT[key]
 
 
-def _packed(numbers: Numbers) -> Tensor:
+def packed(numbers: Numbers) -> Tensor:
     """The plain numbers in order, as one float64 tensor."""
     return torch.tensor([x for n in numbers for x in n.values() if not isinstance(x, Tensor)], dtype=torch.float64)
 
@@ -63,7 +61,7 @@ def _build(name: str, parts: tuple[Part, ...], keys: tuple[Any, ...], fresh: boo
     def kernel(g: Tensor, w: Tensor, packed: Tensor, *tensors: Tensor) -> None:
         left, scalars = iter(tensors), iter(packed.unbind(0))
         states = [{key: next(left) for key in state} for state, _ in keys]
-        numbers = [{key: next(left) if tensor else next(scalars) for key, tensor in number} for _, number in keys]
+        numbers = [{key: next(left if tensor else scalars) for key, tensor in number} for _, number in keys]
         u = g if fresh else next(left)
         w.sub_(run(parts, u, g, w, states, numbers)[0])
 
