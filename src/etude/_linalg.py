@@ -15,10 +15,12 @@ def polar(x: Tensor, steps: int = 5, coefficients: tuple[float, float, float] = 
     x: [k, m, n], each member scaled to Frobenius norm 1 first. float64 stays float64, all else is iterated in bfloat16,
     as the method's author does; the result has that dtype.
     """
+    if x.ndim == 3 and len(x) == 1:
+        return polar(x[0], steps, coefficients)[None]  # the plain product is faster than a batch of one
     a, b, c = coefficients
     y = x if x.dtype == torch.float64 else x.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
-    y = y.mT if tall else y  # the Gram matrix of the short side is the smaller one
+    y = y.mT.contiguous() if tall else y  # the Gram matrix of the short side is the smaller one
     y = y / y.flatten(-2).norm(dim=-1).clamp(min=1e-7)[..., None, None]
     multiply_add = torch.baddbmm if y.ndim == 3 else torch.addmm
     for _ in range(steps):
