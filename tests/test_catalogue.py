@@ -124,6 +124,33 @@ def test_find_by_words_of_need(words, expected):
     assert expected in [r["name"] for r in catalogue.find(words)[:3]]
 
 
+@pytest.mark.parametrize(
+    "words, first",
+    [
+        ("loss spikes", {"peri_ln"}),
+        ("massive activations", {"peri_ln"}),
+        ("attention saturation", {"qk_norm"}),
+        ("less optimizer memory", {"muon", "lion", "signum", "sgd", "lora"}),
+        ("overfitting", {"sam", "swa"}),
+        ("large batch", {"lamb", "warmup"}),
+        ("small batch", {"weight_standardization"}),
+        ("fine-tune", {"lora"}),
+        ("bf16", {"adamw"}),
+        ("no warm-up", {"pre_ln"}),
+        ("imbalanced groups", {"group_dro"}),
+    ],
+)
+def test_the_first_that_are_found_speak_of_the_need(words, first):
+    found = [r["name"] for r in catalogue.find(words, RECORDS)]
+    assert set(found[: len(first)]) == first
+
+
+def test_a_method_that_speaks_of_all_the_words_comes_first():
+    among = [dict.fromkeys(_find._FIELDS, "") | r for r in
+             [{"name": "warmup"}, {"name": "b2", "details": "needs no warm-up"}, {"name": "c3", "details": "no"}]]  # fmt: skip
+    assert [r["name"] for r in catalogue.find("no warm-up", among)] == ["b2"]
+
+
 def test_find_is_deterministic_and_honest():
     assert catalogue.find("norm weight") == catalogue.find("weight norm")
     assert catalogue.find("xylophone") == []

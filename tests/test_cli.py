@@ -79,6 +79,13 @@ def test_find_prints_the_best_first():
     assert json.loads(prints("find", "sharpness", "--json")) == catalogue.find("sharpness")
 
 
+def test_without_a_command_it_prints_the_help_as_it_is_set():
+    done = command()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == command("--help").stdout.strip()
+    assert len(done.stderr.splitlines()) > 10
+
+
 def test_version_and_help():
     assert prints("--version") == f"etude {version('etude')}\n"
     assert all(name in prints("--help") for name in ("list", "show", "find", "race"))
@@ -90,6 +97,8 @@ def test_version_and_help():
         (["show", "adamww"], r"no method 'adamww'; nearest: adamw, .*; `etude list` shows all \d+"),
         (["list", "--room", "norm"], r"no room 'norm'; the rooms are init, weights, norms, .*"),
         (["find", "xylophone"], r"no method speaks of 'xylophone'; nearest words: xylophone: .*"),
+        (["find", ""], "give words of need, as: etude find loss spikes"),
+        (["find", "of", "the"], "give words of need, as: etude find loss spikes"),
         (["lst"], r"No such command 'lst'.*list.*"),
         (["list", "--jsn"], r"No such option: --jsn.*--json.*"),
         (["show"], r"Missing argument '(name|NAME)'\."),

@@ -178,6 +178,19 @@ def test_what_changes_nothing_on_a_model_is_an_error_that_says_what_it_looked_fo
         parse(text).apply(model)
 
 
+def test_a_part_that_fails_says_what_the_model_already_has():
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"^zero_init in the recipe .*; the model already has dyt: build it anew$"):
+        parse("dyt + zero_init + spectral_norm").apply(model)
+
+
+def test_what_is_no_text_or_no_model_is_a_type_error():
+    with pytest.raises(TypeError, match=r"a recipe is text like .*, got NoneType"):
+        parse(None)
+    with pytest.raises(TypeError, match="a recipe is applied to a model, got int"):
+        parse("dyt").apply(3)
+
+
 BAD = {
     "": "cannot read the recipe ''",
     "adamw +": "cannot read the recipe 'adamw +'",

@@ -93,5 +93,37 @@ def test_every_room_takes_part(room):
     assert plain.shape != changed.shape or not torch.equal(plain, changed)
 
 
+def test_a_third_part_of_the_batch_tells_the_risk_who_is_who():
+    model, risk = mlp(), risks.group_dro([1000, 797], step_size=1.0)
+    opt = torch.optim.SGD(model.parameters(), lr=0.0)
+    group = (Y[:64] > 4).long()
+    value, _ = step(model, (X[:64], Y[:64], group), losses.cross_entropy, risk, gradients.plain(), opt)
+    by_hand = risks.group_dro([1000, 797], step_size=1.0)
+    assert value == by_hand(losses.cross_entropy(model(X[:64]), Y[:64]), group)
+    assert torch.equal(risk.q, by_hand.q)
+
+
+@pytest.mark.parametrize(
+    "room, value, name",
+    [
+        ("risk", risks.mean, "mean"),
+        ("after", after.weight_average(), "weight_average"),
+        ("after", after.weight_average, "weight_average"),
+        ("probe", probes.update_ratio(), "update_ratio"),
+        ("probe", probes.update_ratio, "update_ratio"),
+        ("schedule", schedules.warmup(3), "warmup"),
+        ("schedule", schedules.warmup, "warmup"),
+    ],
+)
+def test_what_is_not_called_or_not_bound_is_refused_before_anything_moves(room, value, name):
+    model = mlp()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = [w.clone() for w in model.parameters()]
+    rooms = {"loss": losses.cross_entropy, "risk": risks.mean(), "gradient": gradients.plain(), "optimizer": opt}
+    with pytest.raises(TypeError, match=f"step got {name} before it is at work: call it, then bind it or attach it"):
+        step(model, (X, Y), **{**rooms, room: value})
+    assert all(map(torch.equal, model.parameters(), before))
+
+
 def test_it_fits_on_one_screen():
     assert len(inspect.getsource(module).splitlines()) <= 60

@@ -33,8 +33,8 @@ def run(args: list[str]) -> int:
     try:
         return app(args, prog_name="etude", standalone_mode=False) or 0
     except BadInput as wrong:
-        said = " ".join(wrong.format_message().split())
-        print(f"etude: {said}" if said else "", end="\n" if said else "", file=sys.stderr)
+        said = wrong.format_message()
+        print(f"etude: {' '.join(said.split())}" if args else said, file=sys.stderr)  # bare: the help, as it is set
         return 2
 
 
@@ -88,6 +88,8 @@ def find(
     as_json: Json = False,
 ) -> None:
     """Methods that speak of these words, best first."""
+    if not catalogue.tokens(" ".join(words)):
+        raise BadInput("give words of need, as: etude find loss spikes")
     among = catalogue.records()
     found = catalogue.find(" ".join(words), among)
     unheard = [w for w in catalogue.tokens(" ".join(words)) if not catalogue.find(w, among)]

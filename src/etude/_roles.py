@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -27,14 +28,13 @@ def roles(model: nn.Module, overrides: Mapping[str, str] | None = None, inputs: 
     found: dict[str, str] = {}
     by_id: dict[int, str] = {}
     head = _head(model) if inputs is None else _last_used(model, inputs)
+    adaptive = (m for m in model.modules() if isinstance(m, nn.AdaptiveLogSoftmaxWithLoss))
+    heads = {id(head), *(id(p) for m in adaptive for p in m.parameters() if p.ndim >= 2)}
     for path, module in model.named_modules(remove_duplicate=False):
         for name, p in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
-            role = (
-                "head"
-                if p is head and isinstance(module, (nn.Linear, ParametrizationList))
-                else _role(model, path, module, name, p)
-            )
+            is_head = id(p) in heads and isinstance(module, (nn.Linear, ParametrizationList))
+            role = "head" if is_head else _role(model, path, module, name, p)
             if id(p) not in by_id:
                 by_id[id(p)] = full
                 found[full] = role
@@ -82,9 +82,14 @@ def _role(model: nn.Module, path: str, module: nn.Module, name: str, p: Tensor) 
         return "embedding"
     if isinstance(module, nn.modules.conv._ConvNd):
         return "conv"
-    if (isinstance(module, _MATRICES) or type(module).__name__ == "Conv1D") and p.ndim >= 2:
+    if (isinstance(module, _MATRICES) or _is_transposed_linear(module)) and p.ndim >= 2:
         return "hidden"
     return "vector" if p.ndim <= 1 else "unknown"
+
+
+def _is_transposed_linear(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's Conv1D: a linear layer whose weight is [in, out]."""
+    return any(c.__name__ == "Conv1D" for c in type(module).__mro__)
 
 
 def _mapped_role(model: nn.Module, path: str, module: nn.Module, p: Tensor) -> str:
@@ -122,34 +127,40 @@ def _stored(layer: nn.Linear) -> Tensor:
 
 
 def _in_block(model: nn.Module, path: str) -> bool:
-    """Whether the module stands inside an attention, or inside one of several composite siblings of one class."""
+    """Whether it stands inside an attention, a transformer layer, or a list of composite modules of one class."""
     parts = path.split(".")
     for i in range(len(parts)):
         parent = model.get_submodule(".".join(parts[:i]))
-        if isinstance(parent, nn.MultiheadAttention):
+        if isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             return True
         child = parent.get_submodule(parts[i]) if parts[i] else parent
-        composite = any(True for _ in child.children())
-        listed = child is not parent and isinstance(parent, (nn.ModuleList, nn.Sequential, nn.ModuleDict))
-        if listed and composite and sum(type(c) is type(child) for c in parent.children()) > 1:
+        if not any(True for _ in child.children()):
+            continue
+        if isinstance(parent, (nn.ModuleList, nn.ModuleDict)):
+            return True
+        if isinstance(parent, nn.Sequential) and sum(type(c) is type(child) for c in parent.children()) > 1:
             return True
     return False
 
 
 def _last_used(model: nn.Module, inputs: Any) -> Tensor | None:
-    """The weight of the linear layer that the forward pass calls last."""
+    """The weight of the linear layer that the forward pass calls last. The model is left as it was."""
     calls: list[nn.Module] = []
     hooks = [
         m.register_forward_hook(lambda mod, _args, _out: calls.append(mod))
         for m in model.modules()
         if isinstance(m, nn.Linear) or any(p.ndim >= 2 for p in m.parameters(recurse=False))
     ]
+    training = [m for m in model.modules() if m.training]
+    args, named = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
     try:
-        args = inputs if isinstance(inputs, tuple) else (inputs,)
-        model(**inputs) if isinstance(inputs, dict) else model(*args)
+        with torch.no_grad(), torch.random.fork_rng():
+            model.eval()(*args, **named)
     finally:
         for hook in hooks:
             hook.remove()
+        for m in training:
+            m.training = True
     return _stored(calls[-1]) if calls and isinstance(calls[-1], nn.Linear) else None
 
 

@@ -23,23 +23,29 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from etude._method import stamp
 from etude.gradients import Gradient, backward
 from etude.risks import Risk
 
 
 def step(
-    model: nn.Module, batch: tuple[Tensor, Tensor], loss: Callable[[Tensor, Tensor], Tensor], risk: Risk,
+    model: nn.Module, batch: tuple[Tensor, ...], loss: Callable[[Tensor, Tensor], Tensor], risk: Risk,
     gradient: Gradient, optimizer: Optimizer, *, penalty: Callable[[nn.Module], Tensor] | None = None,
     schedule: LRScheduler | None = None, after: Callable[[], None] | None = None,
     probe: Callable[[], dict[str, float]] | None = None,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
-    """Moves the model by one batch; returns the loss before the step and what the probe reads after it."""
-    x, y = batch
+    """Moves the model by one batch; returns the loss before the step and what the probe reads after it.
+
+    ``batch``: x, y and, for a risk that needs it, the group of each example.
+    """
+    x, y, *group = batch
+    if early := [made for v in (risk, schedule, after, probe) if (made := stamp(v)) and not isinstance(v, Risk)]:
+        raise TypeError(f"step got {early[0].name} before it is at work: call it, then bind it or attach it")
 
     # fmt: off
     def objective() -> Tensor:
         each = loss(model(x), y)                                # losses       (ŷ, y) → ℓ[n]
-        total: Tensor = risk(each)                              # risks        ℓ[n] → ℓ
+        total: Tensor = risk(each, *group)                      # risks        ℓ[n] → ℓ
         return total + penalty(model) if penalty else total     # penalties    θ → ℝ
 
     weights, statistics = model.parameters(), model.buffers()

@@ -10,7 +10,7 @@ from plays import after as plays
 from plays.after import net, push
 from torch import nn
 
-from etude import after
+from etude import after, weights
 from etude._method import methods
 
 METHODS = [m for (room, _), m in methods().items() if room == "after"]
@@ -107,6 +107,9 @@ def test_it_copies_and_prints(method):
     value = plays.make(method)
     assert copy.deepcopy(value) == value
     assert repr(value).startswith(f"{method.name}(")
+    bound = value.bind(net())
+    bound()
+    assert repr(bound) == f"{value} on Sequential, after 1 steps"
     assert torch.equal(plays.play(copy.deepcopy(value)), plays.play(value))
 
 
@@ -128,6 +131,18 @@ def test_attaching_to_the_wrong_thing_is_an_error(method):
         plays.make(method).bind(net()).remove()
     with pytest.raises(TypeError, match="attach needs a value such as"):
         after.attach(opt, net(), lambda model: None)
+    with pytest.raises(TypeError, match="attach takes optimizer, model, value; got Sequential, SGD first"):
+        after.attach(net(), opt, plays.make(method))
+
+
+@every
+def test_weights_that_changed_since_it_was_bound_are_an_error(method):
+    model = net()
+    bound = plays.make(method).bind(model)
+    weights.put(model, weights.lora(r=2))
+    with pytest.raises(ValueError, match=r"weights changed since .* was bound to the model; bind it again"):
+        bound()
+    assert bound.t == 0
 
 
 averages = pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from etude import gradients
-from etude._method import methods
+from etude._method import methods, stamp
 
 METHODS = [m for m in methods().values() if m.room == "gradients"]
 each = pytest.mark.parametrize("m", METHODS, ids=lambda m: m.name)
@@ -147,7 +147,8 @@ def test_values_copy_pickle_and_print(m):
     value = plays.make(m)
     assert copy.deepcopy(value) == value
     assert pickle.loads(pickle.dumps(value)) == value
-    assert m.name.lower() in repr(value).lower()
+    assert repr(value) == str(stamp(value))
+    assert repr(value).startswith(f"{m.name}(")
 
 
 @each
@@ -163,11 +164,20 @@ def test_bad_input_is_named(m):
     weight = torch.randn(3, requires_grad=True)
     with pytest.raises(ValueError, match="stands twice"):
         value(lambda: weight.sum(), [weight, weight])
+    for wrong in (m.fn, loss_fn):
+        with pytest.raises(TypeError, match=r"needs a gradient first, such as gradients\.plain\(\), got function"):
+            gradients.backward(wrong, value, model.parameters())
+    for wrong in (model, weight):
+        with pytest.raises(
+            TypeError, match=rf"needs the parameters, as model\.parameters\(\), got {type(wrong).__name__}"
+        ):
+            gradients.backward(value, loss_fn, wrong)
 
 
 def test_sam_refuses_what_it_cannot_do():
-    with pytest.raises(ValueError, match=r"radius of a ball, so ≥ 0; got -0\.1"):
-        gradients.sam(rho=-0.1)
+    for rho in (-0.1, float("nan"), float("inf"), "0.05"):
+        with pytest.raises(ValueError, match=f"radius of a ball, so finite and ≥ 0; got {rho!r}"):
+            gradients.sam(rho=rho)
     table = nn.Embedding(5, 3, sparse=True)
     with pytest.raises(TypeError, match="dense gradients"):
         gradients.sam()(lambda: table(torch.tensor([1, 2])).square().sum(), table.parameters())

@@ -92,6 +92,26 @@ def test_apply_takes_knobs_as_a_partial_call():
     torch.testing.assert_close(net.weight @ net.weight.mT, 4 * torch.eye(4))
 
 
+@pytest.mark.parametrize("f", [nn.init.orthogonal_, nn.init.xavier_normal_, nn.init.zeros_], ids=lambda f: f.__name__)
+def test_apply_takes_functions_that_write_in_place(f):
+    ours, theirs = nn.Linear(4, 6), nn.Linear(4, 6)
+    torch.manual_seed(3)
+    init.apply(ours, f, "weight")
+    torch.manual_seed(3)
+    f(theirs.weight)
+    assert torch.equal(ours.weight, theirs.weight)
+    assert ours.weight.requires_grad
+
+
+def test_apply_names_what_is_not_a_model_a_function_or_a_value():
+    with pytest.raises(TypeError, match=r"must return the values of 2\.weight, got NoneType"):
+        init.apply(model(), lambda w: None)
+    with pytest.raises(TypeError, match="needs a model and a function, got function and Sequential"):
+        init.apply(init.orthogonal, model())
+    with pytest.raises(TypeError, match="needs a model and a function, got Sequential and Tensor"):
+        init.apply(model(), init.orthogonal(torch.ones(2, 2)))
+
+
 def test_apply_that_finds_nothing_says_what_there_is():
     with pytest.raises(ValueError, match="decoder"):
         init.apply(model(), init.zero_init, "decoder.*")

@@ -6,11 +6,12 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 from plays.norms import make
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
-from etude import norms
+from etude import norms, rules
 from etude._method import methods
 from etude._roles import roles
 
@@ -247,7 +248,7 @@ def test_swap_reaches_torchs_encoder_layers_in_eval():
 
 def test_swap_that_does_nothing_is_an_error():
     wrong = {
-        "swap looked for norm layers of torch or etude and found none; the model has module types Linear × 1": (
+        "swap looked for norm layers and found none; the model has module types Linear × 1": (
             nn.Sequential(nn.Linear(3, 3)), norms.dyt, None,
         ),
         'swap looked for norm layers named "head.*" and found none; the model has norms 0, 1.1, 1.3': (
@@ -295,3 +296,128 @@ def test_swap_tells_the_channels_first_layer_norm_of_other_libraries_from_torchs
         norms.swap(model, norms.layer_norm)
     assert norms.swap(model, lambda d: norms.Norm("b c ... -> b ...", d)) == ["0"]
     torch.testing.assert_close(model(x), want)
+
+
+def test_swap_takes_a_factory():
+    for wrong in ("rms_norm", norms.rms_norm(6)):
+        with pytest.raises(TypeError) as raised:
+            norms.swap(net(), wrong)
+        line = str(raised.value)
+        assert line == f"swap takes a factory features → module, such as norms.rms_norm; got {wrong!r}"
+
+
+@pytest.mark.parametrize("where, factory", [("0", norms.dyt), ("0", norms.rms_norm), ("1.3", norms.layer_norm)])
+def test_swap_after_an_optimizer_of_ours_may_neither_drop_nor_add_a_parameter(where, factory):
+    model = net()
+    opt = rules.optimizer(model, rules.adamw())
+    before = repr(model)
+    with pytest.raises(ValueError, match="an optimizer already trains norms that swap would replace"):
+        norms.swap(model, factory, where)
+    assert repr(model) == before
+    norms.swap(model, partial(norms.layer_norm, eps=1e-3), "0")  # the same parameters in another layer
+    assert {id(p) for p in model.parameters()} == {id(p) for g in opt.param_groups for p in g["params"]}
+    norms.swap(net(), factory, where)  # another model
+
+
+# -- the norms of other libraries, by what they compute ---------------------------------------------------------------
+
+
+class Affine(nn.Module):
+    """Somebody's norm: x̂ (shift + weight) [+ bias], x̂ centred or not."""
+
+    def __init__(self, d, center=False, shift=0.0, bias=False, eps=1e-6):
+        super().__init__()
+        self.center, self.shift, self.eps = center, shift, eps
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True) if self.center else x
+        y = x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt() * (self.shift + self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class TheirNorm(Affine):
+    pass
+
+
+class TheirScale(Affine):
+    pass
+
+
+class GatedNorm(Affine):
+    def forward(self, x, gate=None):
+        return super().forward(x)
+
+
+class ShiftedLayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return nn.functional.layer_norm(x, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+class WideLayerNorm(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "layer, twin",
+    [
+        (TheirNorm(6), norms.rms_norm),
+        (TheirNorm(1056), norms.rms_norm),
+        (TheirNorm(6, center=True, bias=True), norms.layer_norm),
+        (TheirNorm(6, center=True), lambda d, eps: norms.Norm("... d -> ...", d, eps=eps, modulation="scale")),
+        (WideLayerNorm(6, eps=1e-6), norms.layer_norm),
+    ],
+)
+def test_swap_knows_a_norm_of_another_library_by_what_it_computes(layer, twin):
+    for p in layer.parameters():
+        nn.init.normal_(p)
+    model, x = nn.Sequential(layer), torch.randn(2, 3, layer.weight.numel())
+    want, state = model(x), torch.get_rng_state()
+    with pytest.raises(ValueError, match="would change nothing"):
+        norms.swap(model, partial(twin, eps=1e-6))
+    assert norms.swap(model, partial(twin, eps=2e-6)) == ["0"]
+    assert torch.equal(torch.get_rng_state(), state), "the probe draws from a generator of its own"
+    assert model[0].weight is layer.weight
+    torch.testing.assert_close(model(x), want, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "layer", [TheirNorm(6, shift=1.0), TheirNorm(1, shift=1.0), TheirScale(6), GatedNorm(6), ShiftedLayerNorm(6)]
+)
+@pytest.mark.parametrize("gain", [0.0, 1.0])
+def test_swap_leaves_alone_what_only_looks_like_a_norm(layer, gain):
+    """Gemma's x̂ (1 + weight), whatever its weight is; a layer of another name; one that takes a gate."""
+    nn.init.constant_(layer.weight, gain)
+    with pytest.raises(ValueError, match="looked for norm layers and found none"):
+        norms.swap(nn.Sequential(layer), norms.rms_norm)
+
+
+def test_swap_reaches_the_norms_of_llama_and_t5_and_not_those_of_gemma():
+    size = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    llama = transformers.LlamaModel(transformers.LlamaConfig(**size, num_key_value_heads=1)).eval()
+    ids = torch.arange(12).view(2, 6)
+    want, weight = llama(ids).last_hidden_state, llama.norm.weight
+    with pytest.raises(ValueError, match="all 5 norms already are"):
+        norms.swap(llama, partial(norms.rms_norm, eps=1e-6))
+    assert len(norms.swap(llama, partial(norms.rms_norm, eps=1.1e-6))) == 5
+    assert llama.norm.weight is weight
+    torch.testing.assert_close(llama(ids).last_hidden_state, want, rtol=1e-3, atol=1e-3)
+    assert len(norms.swap(llama, norms.dyt)) == 5
+    llama(ids).last_hidden_state.sum().backward()
+    assert llama.norm.alpha.grad is not None
+
+    config = transformers.T5Config(vocab_size=50, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+    t5 = transformers.T5EncoderModel(config)
+    assert len(norms.swap(t5, norms.dyt)) == 5
+    assert t5(ids).last_hidden_state.isfinite().all()
+    gemma = transformers.GemmaModel(transformers.GemmaConfig(**size, num_key_value_heads=1, head_dim=16))
+    with pytest.raises(ValueError, match=r"found none; the model has module types .*GemmaRMSNorm × 5"):
+        norms.swap(gemma, norms.dyt)

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from plays import probes as plays
 from plays.after import net, push
 from torch import nn
 
+from etude import weights
 from etude._method import methods
 
 METHODS = [m for (room, _), m in methods().items() if room == "probes"]
@@ -49,6 +51,24 @@ def test_it_copies_and_prints(method):
     value = plays.make(method)
     assert copy.deepcopy(value) == value
     assert repr(value).startswith(f"{method.name}(")
+    assert repr(value.bind(net())) == f"{value} on Sequential"
+
+
+@every
+def test_weights_that_changed_since_it_was_bound_are_an_error(method):
+    for change in (lambda m: weights.put(m, weights.lora(r=2)), lambda m: m.__setitem__(0, nn.Linear(4, 7))):
+        model = net()
+        bound = plays.make(method).bind(model)
+        change(model)
+        with pytest.raises(ValueError, match=r"weights changed since .* was bound to the model; bind it again"):
+            bound()
+
+
+@every
+def test_a_weight_that_is_zero_when_bound_raises_nothing(method):
+    model = weights.put(net(), weights.lora(r=2))
+    read = plays.make(method).bind(model)()
+    assert {n for n, x in read.items() if not math.isfinite(x)} == {n for n in read if n.endswith(".B")}
 
 
 @every

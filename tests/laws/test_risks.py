@@ -7,7 +7,7 @@ import pytest
 import torch
 from plays import risks as plays
 
-from etude._method import methods
+from etude._method import methods, stamp
 
 METHODS = [m for m in methods().values() if m.room == "risks"]
 each = pytest.mark.parametrize("m", METHODS, ids=lambda m: m.name)
@@ -99,21 +99,31 @@ def test_a_batch_without_losses_is_an_error(m):
 
 
 @pytest.mark.parametrize("m", [m for m in METHODS if m.name != "mean"], ids=lambda m: m.name)  # it looks at no groups
-@pytest.mark.parametrize("wrong", [3, -1])
-def test_a_group_that_does_not_exist_is_an_error(m, wrong):
+@pytest.mark.parametrize("missing", [3, -1])
+def test_a_group_that_does_not_exist_is_an_error(m, missing):
     risk = plays.make(m)
     before = copy.deepcopy(risk.state_dict())
     with pytest.raises(ValueError, match="must lie in 0 … 2 for 3 group_counts"):
-        risk(batch(), torch.tensor([0, 1, 2, wrong, 0, 0]))
-    for group in (None, GROUP[:4], GROUP.float()):
+        risk(batch(), torch.tensor([0, 1, 2, missing, 0, 0]))
+    for group in (None, GROUP[:4], GROUP.float(), GROUP.tolist()):
         with pytest.raises(ValueError, match=r"needs group: integers \[6\]"):
             risk(batch(), group)
     assert all(torch.equal(v, before[k]) for k, v in risk.state_dict().items())
     for counts in ([], [3, 0]):
         with pytest.raises(ValueError, match="number of training examples of each group"):
             m.fn(counts)
-    with pytest.raises(ValueError, match="step_size, adjustment ≥ 0"):
-        m.fn([3, 3], step_size=-0.1)
+    for wrong in (-0.1, float("nan"), float("inf")):
+        for knob in ("step_size", "adjustment"):
+            with pytest.raises(ValueError, match="finite step_size, adjustment ≥ 0"):
+                m.fn([3, 3], **{knob: wrong})
+    with pytest.raises(TypeError, match="group_counts, a number for each group, got 2"):
+        m.fn(2)
+
+
+@each
+def test_a_risk_prints_its_name_and_knobs(m):
+    knobs = ", ".join(f"{k}={v!r}" for k, v in stamp(plays.make(m)).knobs.items())
+    assert repr(plays.make(m)) == f"{m.name}({knobs})"
 
 
 def test_every_risk_compiles_into_one_graph():

@@ -116,3 +116,22 @@ def test_other_bad_input():
         schedules.attach(sgd(), 0.5)
     with pytest.raises(TypeError):
         schedules.warmup(3) >> 0.5
+    with pytest.raises(TypeError, match=r"attach got warmup itself; call it, e\.g\. schedules\.warmup\(100\)"):
+        schedules.attach(sgd(), schedules.warmup)
+    with pytest.raises(TypeError, match="optimizer first, then the schedule, got Line first"):
+        schedules.attach(schedules.warmup(3), sgd())
+    opt = sgd()
+    del opt.param_groups[0]["lr"]
+    with pytest.raises(
+        ValueError, match=r"moves lr, which this optimizer's groups lack; end its chain with rules\.Scale"
+    ):
+        schedules.attach(opt, schedules.warmup(3))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), -1.0, float("inf"), "x"])
+def test_a_multiplier_that_is_no_finite_number_from_0_is_refused(wrong):
+    with pytest.raises(ValueError, match=f"start is a multiplier of lr, .*got {wrong!r}"):
+        schedules.warmup(10, start=wrong)
+    for method in (schedules.linear_decay, schedules.cosine_restarts):
+        with pytest.raises(ValueError, match=f"end is a multiplier of lr, .*got {wrong!r}"):
+            method(10, end=wrong)

@@ -1,6 +1,7 @@
 """What is true of every map V → W, and of the host that carries it."""
 
 import copy
+import gc
 import json
 
 import pytest
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize as P
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D  # a linear layer whose weight is [in, out]
 
 from etude import rules, weights
 from etude._method import methods, stamp
@@ -25,6 +27,7 @@ LAYERS = {
     "conv2d, grouped, dilated, 1×3": (lambda: nn.Conv2d(4, 6, (1, 3), groups=2, dilation=2), (2, 4, 7, 7)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 3, 2), (2, 4, 5, 5)),
     "embedding": (lambda: nn.Embedding(7, 5), None),
+    "Hugging Face's Conv1D": (lambda: Conv1D(5, 6), (4, 6)),
 }
 every_map = pytest.mark.parametrize("make", MAPS.values(), ids=MAPS.keys())
 every_adapter = pytest.mark.parametrize("make", ADAPTERS.values(), ids=ADAPTERS.keys())
@@ -95,6 +98,25 @@ def test_putting_a_map_changes_nothing(make, layer, shape, dtype, tol):
     assert layer.weight.dtype == dtype
     torch.testing.assert_close(layer.weight, w0, rtol=tol, atol=tol)
     torch.testing.assert_close(layer(x), before, rtol=10 * tol, atol=10 * tol)
+
+
+@every_map
+def test_a_weight_stored_transposed_is_mapped_as_the_linear_layer_it_is(make):
+    linear, conv = nn.Linear(6, 5, dtype=torch.float64).eval(), Conv1D(5, 6).double().eval()
+    conv.load_state_dict({"weight": linear.weight.T, "bias": linear.bias})
+    for layer in (linear, conv):
+        torch.manual_seed(0)
+        stirred(weights.put(layer, make(), on="weight", name="first"))
+    theirs, ours = (dict(m.parametrizations.weight.named_parameters()) for m in (linear, conv))
+    for name, p in ours.items():  # θ of an adapter is the same; what stands for the weight is transposed
+        theta = theirs[name] if name[0].isdigit() else theirs[name].T
+        assert p.shape == theta.shape
+        torch.testing.assert_close(p, theta, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(conv.weight, linear.weight.T, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(conv(X), linear(X), rtol=1e-6, atol=1e-6)
+    weights.put(conv, weights.lora(), on="weight")  # once mapped, its class is a subclass
+    assert conv.parametrizations.weight[-1].A.shape[1] == 6
+    assert weights.merge(conv).weight.is_contiguous()
 
 
 @every_map
@@ -270,6 +292,68 @@ def test_an_optimizer_made_before_is_brought_up_to_date(make):
     assert not any(torch.equal(p, before[n]) for n, p in trained.items())
 
 
+def trained(opt):
+    return {id(p) for group in opt.param_groups for p in group["params"]}
+
+
+@every_map
+def test_what_an_optimizer_of_ours_trains_does_not_leave_the_model_behind_its_back(make):
+    """Put, merge, unmerge and remove refuse, change nothing, and keep up the optimizer that is handed in."""
+    model = mlp().eval()
+    opt = rules.optimizer(model, rules.adamw())
+
+    def refused(act, *args):
+        before = {n: id(p) for n, p in model.named_parameters()}
+        with pytest.raises(ValueError, match=f"{act.__name__} takes a parameter out .* pass optimizer="):
+            act(model, *args)
+        assert {n: id(p) for n, p in model.named_parameters()} == before
+
+    def kept_up(act, *args):
+        act(model, *args, optimizer=opt)
+        assert trained(opt) == {id(p) for p in model.parameters() if p.requires_grad}
+
+    other = mlp()  # which nobody trains
+    w = other[0].weight
+    weights.put(other, make())
+    if not any(p is w and p.requires_grad for p in other.parameters()):
+        refused(weights.put, make())
+    kept_up(weights.put, make())
+    refused(weights.merge)
+    kept_up(weights.merge)
+    refused(weights.unmerge)
+    kept_up(weights.unmerge)
+    if isinstance(make(), weights.Adapter):
+        refused(weights.put, weights.lora(r=2), "hidden", "second")
+    refused(weights.remove)
+    kept_up(weights.remove)
+
+
+def test_an_optimizer_that_is_gone_holds_nothing():
+    model = mlp()
+    opt = rules.optimizer(model, rules.adamw())
+    del opt
+    gc.collect()
+    weights.put(model, weights.lora())
+
+
+def test_a_map_that_keeps_the_parameter_may_come_after_the_optimizer():
+    model = mlp()
+    opt = rules.optimizer(model, rules.adamw())
+    weights.put(model, weights.spectral_norm())
+    assert trained(opt) == {id(p) for p in model.parameters()}
+
+
+def test_loading_after_the_optimizer_needs_that_optimizer(tmp_path):
+    file = weights.save(weights.put(mlp(), weights.lora()), tmp_path)
+    model = mlp()
+    opt = rules.optimizer(model, rules.adamw())
+    with pytest.raises(ValueError, match=r"weights\.load takes a parameter out"):
+        weights.load(model, file)
+    assert not P.is_parametrized(model[0])
+    weights.load(model, file, optimizer=opt)
+    assert trained(opt) == {id(p) for p in model.parameters() if p.requires_grad}
+
+
 # -- reparametrisations -----------------------------------------------------------------------------------------------
 
 
@@ -319,6 +403,21 @@ def test_a_second_reparametrisation_changes_nothing_either():
     model = weights.put(mlp(), weights.weight_norm())
     y = model(X)
     torch.testing.assert_close(weights.put(model, Double())(X), y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_map_that_does_not_go_back_to_the_weight_is_refused(dtype):
+    class Forgetful(weights.Map):
+        def forward(self, v):
+            return 1.1 * v
+
+    model = mlp(dtype)
+    with pytest.raises(ValueError, match=r"^0\.weight: Forgetful would change the weight by 10\.\d%") as caught:
+        weights.put(model, Forgetful())
+    assert "\n" not in str(caught.value)
+    assert not any(P.is_parametrized(m) for m in model.modules())
+    Forgetful.changes = "a tenth more"
+    weights.put(model, Forgetful())
 
 
 @every_reparametrisation
@@ -474,6 +573,21 @@ def test_the_apply_route_trains_as_a_population(make):
     params, _ = torch.func.stack_module_state(models)
     y = torch.func.vmap(lambda p: torch.func.functional_call(models[0], p, (X,)))(params)
     torch.testing.assert_close(y, torch.stack([m(X) for m in models]))
+
+
+@every_adapter
+@pytest.mark.parametrize("act", [weights.merge, weights.remove])
+def test_what_freeze_froze_stays_frozen_and_what_an_adapter_froze_thaws(act, make):
+    assert all(p.requires_grad for p in act(weights.put(mlp(), make())).parameters())
+    frozen = act(weights.freeze(weights.put(mlp(), make())))
+    assert not any(p.requires_grad for p in frozen.parameters())
+    before = mlp().requires_grad_(False)
+    assert not any(p.requires_grad for p in act(weights.put(before, make())).parameters())
+    thawed = weights.freeze(weights.put(mlp(), make())).requires_grad_(True)
+    assert all(p.requires_grad for p in act(thawed).parameters())
+    one = weights.freeze(weights.put(weights.put(mlp(), make(), name="a"), make(), name="b"), "b")
+    weights.remove(one, "b")
+    assert not any(p.requires_grad for p in one.parameters())
 
 
 # -- an adapter from outside the house --------------------------------------------------------------------------------
@@ -634,6 +748,32 @@ def test_a_file_of_another_kind_or_format_is_refused(tmp_path):
     safetensors.torch.save_file({"a": torch.zeros(1)}, file, {"etude.weights": "1", "maps": json.dumps([entry])})
     with pytest.raises(ValueError, match=r"weights\.lorra, which is not known here"):
         weights.load(mlp(), file)
+
+
+def test_a_loaded_adapter_can_be_given_another_name(tmp_path):
+    model = stirred(weights.put(mlp(), weights.lora(r=2), name="a"))
+    file = weights.save(model, tmp_path / "a")
+    weights.load(model, file, name="b")
+    assert [m.name for m in model[0].parametrizations.weight] == ["a", "b"]
+    both = weights.save(model, tmp_path / "both")
+    with pytest.raises(ValueError, match="holds 'a', 'b', which cannot all be called 'c'"):
+        weights.load(mlp(), both, name="c")
+
+
+@pytest.mark.parametrize("cut", [slice(0), slice(4), slice(40), slice(-10), None])
+def test_a_damaged_file_is_one_line(tmp_path, cut):
+    file = weights.save(weights.put(mlp(), weights.lora(r=2)), tmp_path)
+    file.write_bytes(file.read_bytes()[cut] if cut else b"junk, and no tensors")
+    with pytest.raises(ValueError, match="is damaged, or no safetensors file") as caught:
+        weights.load(mlp(), file)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("act", [weights.save, weights.load])
+def test_a_file_that_is_not_called_safetensors_is_refused(act, tmp_path):
+    with pytest.raises(ValueError, match=r"in a folder \(no suffix\) or in a \.safetensors file; got .*a\.pt"):
+        act(weights.put(mlp(), weights.lora()), tmp_path / "a.pt")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_adapter_without_a_stamp_is_not_saved(tmp_path):

@@ -2,6 +2,7 @@ import pytest
 import torch
 from pytorch_optimizer.optimizer.utils.gradient import unit_norm
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from etude import penalties
 
@@ -56,6 +57,26 @@ def test_norm_loss_leaves_vectors_out():
     assert torch.equal(value, penalties.norm_loss(matrices))
     value.backward()
     assert [n for n, p in model.named_parameters() if p.grad is not None] == list(matrices)
+
+
+def test_norm_loss_takes_the_columns_of_hugging_faces_conv1d_for_units():
+    conv1d = Conv1D(3, 4)
+    linear = nn.Linear(4, 3)
+    linear.load_state_dict({"weight": conv1d.weight.T, "bias": conv1d.bias})
+    both = nn.ModuleDict({"a": linear, "b": conv1d})
+    torch.testing.assert_close(penalties.norm_loss(conv1d), penalties.norm_loss(linear))
+    torch.testing.assert_close(penalties.norm_loss(both), 2 * penalties.norm_loss(linear))
+    torch.nn.utils.parametrizations.spectral_norm(conv1d)
+    torch.testing.assert_close(penalties.norm_loss(conv1d), penalties.norm_loss(linear))
+
+
+def test_norm_loss_of_a_wrong_argument_is_one_clear_line():
+    model = nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="takes a module, or a mapping of names to weights; got a generator"):
+        penalties.norm_loss(model.parameters())
+    for factor in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"factor={factor} must be at least 0"):
+            penalties.norm_loss(model, factor=factor)
 
 
 def test_norm_loss_has_no_pull_at_zero():

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from etude import weights
 
@@ -101,9 +102,33 @@ def test_lora_of_a_grouped_and_dilated_kernel_is_the_convolution_with_the_change
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
 
 
-def test_lora_refuses_rank_zero():
-    with pytest.raises(ValueError, match="r=0 must be at least 1"):
-        weights.lora(r=0)
+@pytest.mark.parametrize(
+    "knobs, line",
+    [
+        ({"r": 0}, "lora: r=0 must be at least 1, and a whole number"),
+        ({"r": 2.5}, "lora: r=2.5 must be at least 1, and a whole number"),
+        ({"alpha": None}, "lora: alpha=None must be a finite number"),
+        ({"alpha": math.nan}, "lora: alpha=nan must be a finite number"),
+    ],
+)
+def test_lora_refuses_a_rank_or_an_alpha_that_is_none(knobs, line):
+    with pytest.raises(ValueError) as raised:
+        weights.lora(**knobs)
+    assert str(raised.value) == line
+
+
+def test_lora_on_the_conv1d_of_gpt2_equals_peft():
+    peft = pytest.importorskip("peft")
+    base, x = Conv1D(5, 7).double(), torch.randn(2, 3, 7, dtype=F64)
+    config = peft.LoraConfig(r=3, lora_alpha=7.0, target_modules=["0"], lora_dropout=0.0, fan_in_fan_out=True)
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(base)), config).double()
+    ours, lora = adapted(base, r=3, alpha=7.0)
+    module = theirs.base_model.model[0]
+    with torch.no_grad():
+        module.lora_A["default"].weight.copy_(lora.A)
+        module.lora_B["default"].weight.copy_(lora.B)
+    torch.testing.assert_close(ours(x), theirs(x))
+    torch.testing.assert_close(weights.merge(ours).weight, theirs.merge_and_unload()[0].weight)
 
 
 def test_lora_is_merged_alone_while_another_stays():

@@ -38,14 +38,18 @@ class Bound:
     def __init__(self, value: After, model: nn.Module) -> None:
         self.value, self.model, self.t = value, model, 0
         self.kept = value.begin(model)
+        self._shapes = {n: w.shape for n, w in model.named_parameters()}
         if not self.kept:
             raise ValueError(f"{value} found nothing to do: {type(model).__name__} has no weight that it concerns")
         self._hook: Any = None
 
     @torch.no_grad()
     def __call__(self) -> None:
+        weights = dict(self.model.named_parameters())
+        if {n: w.shape for n, w in weights.items()} != self._shapes:
+            raise ValueError(f"the weights changed since {self.value} was bound to the model; bind it again")
         self.t += 1
-        self.value.step(dict(self.model.named_parameters()), self.kept, self.t)
+        self.value.step(weights, self.kept, self.t)
 
     def state_dict(self) -> dict[str, Any]:
         """The step and what is kept, in plain tensors that ``torch.load(weights_only=True)`` reads."""
@@ -65,9 +69,14 @@ class Bound:
         self._hook.remove()
         self._hook = None
 
+    def __repr__(self) -> str:
+        return f"{self.value} on {type(self.model).__name__}, after {self.t} steps"
+
 
 def attach(opt: torch.optim.Optimizer, model: nn.Module, value: After) -> Bound:
     """Runs ``value`` on ``model`` after every step of ``opt``; returns it bound, with ``remove()``."""
+    if not isinstance(opt, torch.optim.Optimizer) or not isinstance(model, nn.Module):
+        raise TypeError(f"attach takes optimizer, model, value; got {type(opt).__name__}, {type(model).__name__} first")
     if not isinstance(value, After):
         raise TypeError(f"attach needs a value such as after.weight_average(), got {type(value).__name__}")
     trained = {id(p) for group in opt.param_groups for p in group["params"]}

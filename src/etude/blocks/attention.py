@@ -78,6 +78,8 @@ def qk_norm(
 ) -> Attention:
     """softmax(g q̂ k̂ᵀ) v with q̂, k̂ of unit length and g learned from log₂(length² − length). x: [b, t, d].
 
+    Against saturation of the softmax: logits stay within ±g. Attention logits that grow make training unstable at high
+    learning rates, and a norm of q and k is the cure (Wortsman et al. 2023, arXiv:2309.14322; theirs is a layer norm).
     ``length``: the sequence length, in tokens, that 97.5 % of the training sequences do not exceed.
     """
     if length < 2:

@@ -1,7 +1,8 @@
 """Search by words of need ("loss spikes", "less optimizer memory").
 
-Each query word counts once per method, by the best field it stands in, times the word's rarity log(1 + N / n). Words
-agree when they are equal or share a stem. There are no synonyms: what a method is good for is said in its docstring.
+Each query word counts once per method, by the best field it stands in, times the word's rarity log(1 + N / n); a
+method that speaks of half the words counts a quarter. Words agree when they are equal or share a stem. There are no
+synonyms: what a method is good for is said in its docstring.
 """
 
 from __future__ import annotations
@@ -12,7 +13,11 @@ import re
 from etude.catalogue._records import Record, records
 
 _FIELDS = {"name": 3.0, "title": 2.0, "summary": 2.0, "note": 1.0, "details": 1.0, "room": 1.0, "family": 1.0}
-_EMPTY = set(re.findall(r"\w+", "a an and are as at be by for from in is it its my of on or that the to which with"))
+_EMPTY = set(
+    re.findall(
+        r"\w+", "a all an and are as at be by each for from in is it its less my of on or over that the to which with"
+    )
+)
 _CUT = 0.4
 
 
@@ -23,7 +28,8 @@ def find(words: str, among: list[Record] | None = None) -> list[Record]:
     fields = [{f: tokens(r[f]) for f in _FIELDS} for r in among]
     grades = [[max(w * _best(word, told[f]) for f, w in _FIELDS.items()) for word in asked] for told in fields]
     rarity = [math.log(1 + len(among) / max(1, sum(g[i] > 0 for g in grades))) for i in range(len(asked))]
-    scores = [sum(r * g for r, g in zip(rarity, row)) for row in grades]
+    shares = [sum(g > 0 for g in row) / max(1, len(asked)) for row in grades]
+    scores = [share**2 * sum(r * g for r, g in zip(rarity, row)) for share, row in zip(shares, grades)]
     best = max(scores, default=0.0)
     ranked = sorted(range(len(among)), key=lambda i: -scores[i])  # stable: ties keep the order of the catalogue
     return [among[i] for i in ranked if scores[i] > 0 and scores[i] >= _CUT * best]

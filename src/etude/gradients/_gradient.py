@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from etude._method import stamp
 
 LossFn = Callable[[], Tensor]
 Grads = list[Tensor | None]
@@ -24,6 +26,9 @@ class Gradient:
     ) -> tuple[Tensor, Grads]:
         """The loss at the weights, detached, and the gradients."""
         raise NotImplementedError(f"{type(self).__name__} is not a gradient yet: write __call__")
+
+    def __repr__(self) -> str:
+        return str(stamp(self) or object.__repr__(self))
 
 
 def differentiate(loss_fn: LossFn, params: list[Tensor]) -> tuple[Tensor, Grads]:
@@ -44,6 +49,10 @@ def differentiate(loss_fn: LossFn, params: list[Tensor]) -> tuple[Tensor, Grads]
 
 def backward(gradient: Gradient, loss_fn: LossFn, params: Iterable[Tensor], buffers: Iterable[Tensor] = ()) -> Tensor:
     """Puts the gradients into ``.grad``, in place of what stood there; returns the loss. ``opt.step()`` follows."""
+    if not isinstance(gradient, Gradient):
+        raise TypeError(f"backward needs a gradient first, such as gradients.plain(), got {type(gradient).__name__}")
+    if isinstance(params, (nn.Module, Tensor)):
+        raise TypeError(f"backward needs the parameters, as model.parameters(), got {type(params).__name__}")
     params = list(params)
     loss, grads = gradient(loss_fn, params, buffers)
     for p, g in zip(params, grads):

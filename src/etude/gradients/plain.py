@@ -11,7 +11,7 @@ from etude._method import method
 from etude.gradients._gradient import Gradient, Grads, LossFn, differentiate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plain(Gradient):
     """g = ∇ℓ(w)."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from etude.gradients._gradient import Gradient, Grads, LossFn, differentiate
 from etude.gradients.plain import plain
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Sam(Gradient):
     """g = ∇ℓ(w + ε), ε = rho·∇ℓ(w)/‖∇ℓ(w)‖₂; the loss is that of w."""
 
@@ -76,9 +77,10 @@ def _rewind(generators: dict[torch.device, Tensor]) -> None:
 def sam(rho: float = 0.05) -> Sam:
     """g = ∇ℓ(w + rho·∇ℓ(w)/‖∇ℓ(w)‖₂), one norm over all parameters; two passes over the same batch.
 
+    Against overfitting: flat minima generalise better, also after fine-tuning and with label noise, says the paper.
     As in the authors' code the second pass sees the dropout masks of the first, and ``buffers`` (BatchNorm's running
     statistics) keep what the first pass made of them. Where the gradient is zero so is the step.
     """
-    if rho < 0:
-        raise ValueError(f"sam: rho is the radius of a ball, so ≥ 0; got {rho}")
+    if not isinstance(rho, (int, float)) or not 0 <= rho < math.inf:
+        raise ValueError(f"sam: rho is the radius of a ball, so finite and ≥ 0; got {rho!r}")
     return Sam(rho)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.func import functional_call
 
+from etude._held import refuse_if_held
 from etude.norms._norm import Modulation, Norm
 from etude.norms.elementwise import DyT
 
@@ -19,19 +22,23 @@ _CARRIED = ("weight", "bias", "running_mean", "running_var", "num_batches_tracke
 
 
 def swap(model: nn.Module, factory: Callable[[int], nn.Module], where: str | None = None) -> list[str]:
-    """Put ``factory(features)`` in the place of every norm layer of torch or etude; returns the names replaced.
+    """Put ``factory(features)`` in the place of every norm layer; returns the names replaced.
 
-    Weight, bias and running statistics are carried over where both layers have them, the parameters as the same
-    objects; dtype, device and train mode are kept. ``where`` is an fnmatch pattern of module names. Nothing matched,
-    and nothing changed, are errors.
+    Norms are those of torch and of etude, and the layers of other libraries that are called …Norm and compute what
+    RMSNorm or LayerNorm computes. Weight, bias and running statistics are carried over where both layers have them, the
+    parameters as the same objects; dtype, device and train mode are kept. ``where`` is an fnmatch pattern of module
+    names. Nothing matched, nothing changed, and parameters that an optimizer already trains and that would go, or get
+    new ones beside them, are errors.
     """
-    if isinstance(model, _NORMS):
+    if isinstance(factory, nn.Module) or not callable(factory):
+        raise TypeError(f"swap takes a factory features → module, such as norms.rms_norm; got {factory!r}")
+    if _is_norm(model):
         raise ValueError(f"swap replaces norms inside a model, but the model is itself a {type(model).__name__}")
     named = dict(model.named_modules(remove_duplicate=False))
-    norms = {name: m for name, m in named.items() if isinstance(m, _NORMS)}
+    norms = {name: m for name, m in named.items() if _is_norm(m)}
     found = {name: m for name, m in norms.items() if where is None or fnmatchcase(name, where)}
     if not found:
-        asked = "norm layers of torch or etude" if where is None else f'norm layers named "{where}"'
+        asked = "norm layers" if where is None else f'norm layers named "{where}"'
         there = f"norms {', '.join(list(norms)[:8])}" if norms else f"module types {_types(model)}"
         raise ValueError(f"swap looked for {asked} and found none; the model has {there}")
     home = next(model.parameters(), torch.empty(0))
@@ -41,6 +48,8 @@ def swap(model: nn.Module, factory: Callable[[int], nn.Module], where: str | Non
         raise ValueError(f"swap would change nothing: all {len(found)} norms already are {next(iter(made.values()))}")
     for name, new in changed.items():
         _carry(found[name], new)
+    _refuse_held([(found[name], new) for name, new in changed.items()])
+    for name, new in changed.items():
         parent, _, child = name.rpartition(".")
         setattr(named[parent], child, new)
     _leave_fast_paths(model, {id(new) for new in changed.values()})
@@ -65,8 +74,10 @@ def _features(name: str, m: nn.Module) -> int:
         if len(m.normalized_shape) != 1:
             raise ValueError(f"{name} normalises over {len(m.normalized_shape)} axes at once; swap knows only one")
         return m.normalized_shape[0]
-    width: int = next(getattr(m, a) for a in ("num_features", "num_channels", "features") if hasattr(m, a))
-    return width
+    if isinstance(m, _NORMS):
+        width: int = next(getattr(m, a) for a in ("num_features", "num_channels", "features") if hasattr(m, a))
+        return width
+    return m.get_parameter("weight").numel()
 
 
 def _channels_first(m: nn.Module) -> bool:
@@ -75,7 +86,7 @@ def _channels_first(m: nn.Module) -> bool:
         return m.axis == 1 and getattr(m, "pattern", "") != "b c ... -> c"
     if isinstance(m, (nn.LayerNorm, nn.RMSNorm)):
         return "2d" in type(m).__name__.lower()
-    return not isinstance(m, nn.BatchNorm1d)
+    return isinstance(m, _NORMS) and not isinstance(m, nn.BatchNorm1d)
 
 
 def _features_last(m: nn.Module) -> bool:
@@ -97,7 +108,51 @@ def _twin(m: nn.Module) -> nn.Module:
         return Norm("b c ... -> c", m.num_features, eps=m.eps, modulation=affine, momentum=m.momentum)
     if isinstance(m, _INSTANCE) and not m.track_running_stats:
         return Norm("b c ... -> b c", m.num_features, eps=m.eps, modulation=affine)
-    return m
+    return m if isinstance(m, _NORMS) else _by_behaviour(m) or m
+
+
+def _is_norm(m: nn.Module) -> bool:
+    """Whether swap may replace it. A subclass of torch's with a forward of its own may compute something else."""
+    if not isinstance(m, _NORMS):
+        return _by_behaviour(m) is not None
+    own = isinstance(m, (nn.LayerNorm, nn.RMSNorm)) and len(m.normalized_shape) == 1 and not _channels_first(m)
+    return not own or type(m).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or _by_behaviour(m) is not None
+
+
+@torch.no_grad()
+def _by_behaviour(m: nn.Module) -> Norm | None:
+    """The RMSNorm or LayerNorm that a layer of another library computes, on a probe with weights of ours; else None.
+
+    Gemma's ``x̂ (1 + weight)`` is neither: its weight, carried over, would mean something else.
+    """
+    has, eps = dict(m.named_parameters()), getattr(m, "variance_epsilon", getattr(m, "eps", None))
+    weight, named = has.get("weight"), type(m).__name__.endswith("Norm") or isinstance(m, _NORMS)
+    if not named or weight is None or weight.ndim != 1 or not has.keys() <= {"weight", "bias"}:
+        return None
+    if not isinstance(eps, float) or len(inspect.signature(m.forward).parameters) != 1:
+        return None
+    rng, d = torch.Generator().manual_seed(0), weight.numel()
+    theta = {name: torch.randn(d, generator=rng) for name in has}
+    x = 3 * torch.randn((2, d + 1 if d < 9 else 3, d), generator=rng) + 1  # no other axis has d features
+    modulation: Modulation = "scale and shift" if "bias" in has else "scale"
+    for center in (False, True):
+        norm = Norm("... d -> ...", d, center=center, eps=eps, modulation=modulation)
+        try:
+            same = torch.allclose(functional_call(m, theta, x), functional_call(norm, theta, x), rtol=1e-4, atol=1e-5)
+        except Exception:  # somebody else's layer that does not take the probe is none of these norms
+            return None
+        if same:
+            return norm
+    return None
+
+
+def _refuse_held(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Raise if an optimizer trains a layer whose parameters would not all stay, or would get new ones beside them."""
+    held = [old for old, new in pairs if {*map(id, old.parameters())} != {*map(id, new.parameters())}]
+    try:
+        refuse_if_held((p for old in held for p in old.parameters()), "norms.swap")
+    except ValueError:
+        raise ValueError("an optimizer already trains norms that swap would replace: swap before you make it") from None
 
 
 def _carry(old: nn.Module, new: nn.Module) -> None:

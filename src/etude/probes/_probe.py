@@ -35,12 +35,16 @@ class Bound:
     def __init__(self, probe: Probe, model: nn.Module) -> None:
         self.probe, self.model = probe, model
         self.kept = {n: probe.keep(w) for n, w in self._kernels()}
+        self._shapes = {n: w.shape for n, w in self._kernels()}
         if not self.kept:
             raise ValueError(f"{probe} found nothing to read: {type(model).__name__} has no weight of two or more axes")
 
     @torch.no_grad()
     def __call__(self) -> dict[str, float]:
-        numbers = [self.probe.read(w, self.kept[n]) for n, w in self._kernels()]
+        kernels = self._kernels()
+        if {n: w.shape for n, w in kernels} != self._shapes:
+            raise ValueError(f"the weights changed since {self.probe} was bound to the model; bind it again")
+        numbers = [self.probe.read(w, self.kept[n]) for n, w in kernels]
         return dict(zip(self.kept, torch.stack([x.float() for x in numbers]).tolist()))  # the one wait for the device
 
     def state_dict(self) -> dict[str, Any]:
@@ -52,6 +56,9 @@ class Bound:
             raise ValueError(f"this state belongs to another model: {', '.join(sorted(odd))} stand on one side only")
         for name, kept in self.kept.items():
             kept.copy_(state[name])
+
+    def __repr__(self) -> str:
+        return f"{self.probe} on {type(self.model).__name__}"
 
     def _kernels(self) -> list[tuple[str, Tensor]]:
         return [(n, _wide(w.detach())) for n, w in self.model.named_parameters() if w.ndim >= 2]

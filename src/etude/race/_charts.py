@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from etude.race import _text
 from etude.race._draw import Row, colour, draw, end, layer, quantity, raw
 from etude.race._model import Outcome, Result, Standing
 from etude.race._statistics import t_interval
@@ -49,7 +50,10 @@ def sensitivity(result: Result, standing: Standing) -> str:
         layer("text", lost, x=x, y=y, _text="✕", _color="var(--failed)", _fontSize=13, _fontWeight="bold"),
     ]
     return draw(
-        layers, 290, 190, f"{standing.contender}: {result.plan.metric} by learning rate, best at {standing.lr:.2g}"
+        layers,
+        290,
+        190,
+        f"{standing.contender}: {_text.watched(result.plan)} by learning rate, best at {_text.chosen(standing)}",
     )
 
 
@@ -100,7 +104,7 @@ def curves(result: Result, across: int, up: int, title: str) -> str:
         layer("line", rows, x=x, y=y, color=own, detail=split, _strokeWidth=2, _clip=True),
         layer("text", lost, x=x, y=y, color=own, _text="✕", _fontSize=12, _fontWeight="bold", _clip=True),
     ]
-    what = result.plan.metric if up == METRIC else "train loss"
+    what = _text.watched(result.plan) if up == METRIC else "train loss"
     return draw(layers, 400, 256, f"{what} by {title}, a line per contender")
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from etude.race._errors import InputError, RaceError
-from etude.race._run import resume, run
+from etude.race._run import resume, run, show
 from etude.race.plan import FLOOR
-from etude.race.report import table, to_json
+from etude.race.report import to_json
 
 
 def race_command(
@@ -63,5 +62,5 @@ def race_command(
     if as_json:
         print(json.dumps(to_json(result), indent=1))
     else:
-        Console().print(table(result))
+        show(result)
     return 0

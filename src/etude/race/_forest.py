@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import textwrap
 from collections.abc import Sequence
@@ -55,7 +54,9 @@ def _marks(bars: list[Row], dots: list[Row], x: Spec, y: Spec, down: int) -> lis
     known = [bar for bar in bars if bar["low"] is not None]
     boots = [bar for bar in known if bar["blow"] is not None]
     inside = [bar for bar in known if not bar["outside"]]
-    arrows = [bar | {"x": where, "text": text} for bar in known for where, text in bar["arrows"]]
+    arrows, thin = (
+        [bar | {"x": where, "text": text} for bar in known for where, text in bar[ends]] for ends in ("arrows", "thin")
+    )
     own = raw("colour")
     return [
         layer("circle", dots, x=x, y=y, color=own, _size=26, _opacity=0.42, _yOffset=down + 12),
@@ -67,6 +68,7 @@ def _marks(bars: list[Row], dots: list[Row], x: Spec, y: Spec, down: int) -> lis
         ),
         layer("circle", inside, x=x, y=y, color=own, _size=120, _opacity=1, _yOffset=down - 3),
         layer("text", arrows, x=x, y=y, text=raw("text"), color=own, _fontSize=15, _yOffset=down - 3),
+        layer("text", thin, x=x, y=y, text=raw("text"), color=own, _fontSize=9, _yOffset=down + 3),
     ]
 
 
@@ -105,14 +107,19 @@ def _bar(i: int, s: Standing, base: Standing, span: Pair) -> Row:
     bar["numbers"] = failed if s.word == "failed" or s.difference is None else difference(s, base)
     if s.difference is None or s.difference_interval is None:
         return bar
-    low, high = (factor * v for v in s.difference_interval)
     bar |= {"x": factor * s.difference, "outside": not span[0] <= factor * s.difference <= span[1]}
-    bar |= {"low": min(max(low, span[0]), span[1]), "high": max(min(high, span[1]), span[0])}
-    bar["arrows"] = [(span[0], "◀")] * (low < span[0]) + [(span[1], "▶")] * (high > span[1])
-    low, high = (factor * v for v in s.bootstrap_interval or (math.nan, math.nan))
-    if span[0] <= low and high <= span[1]:
-        bar |= {"blow": low, "bhigh": high}
+    bar["low"], bar["high"], bar["arrows"] = _cut(s.difference_interval, factor, span)
+    bar["thin"] = []
+    if s.bootstrap_interval is not None:
+        bar["blow"], bar["bhigh"], bar["thin"] = _cut(s.bootstrap_interval, factor, span)
     return bar
+
+
+def _cut(interval: Pair, factor: float, span: Pair) -> tuple[float, float, list[tuple[float, str]]]:
+    """The part of an interval within the axis, and an arrow for each end beyond it."""
+    low, high = (factor * end for end in interval)
+    arrows = [(span[0], "◀")] * (low < span[0]) + [(span[1], "▶")] * (high > span[1])
+    return min(max(low, span[0]), span[1]), max(min(high, span[1]), span[0]), arrows
 
 
 def _at(value: float) -> Spec:

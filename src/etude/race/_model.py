@@ -60,7 +60,7 @@ class Plan:
     ``contenders``: baseline first. ``grids``: per contender 7 learning rates, factor √10, centred on the method's
     default or the one written in the recipe. ``rope``: half-width of "equivalent" as a share of the baseline's metric.
     ``seconds_per_run`` per contender. ``visible``: smallest effect the race can see, in standard deviations of a seed
-    (80 % power).
+    (80 % power). ``workers``: how many runs at a time.
     """
 
     task: str
@@ -78,6 +78,7 @@ class Plan:
     alpha: float = 0.05
     seconds_per_run: Mapping[str, float] = field(default_factory=dict)
     visible: float | None = None
+    workers: int = 1
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ class Standing:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished race: plan, standings (baseline first), the A/A control, every outcome, the lock and the folder."""
+    """A finished race: plan, standings (baseline first), the A/A control, every outcome, the lock and the folder.
+
+    ``looks``: at how many other final seeds these contenders were judged before. ``report``: the HTML file.
+    """
 
     plan: Plan
     standings: tuple[Standing, ...]
@@ -124,3 +128,5 @@ class Result:
     outcomes: tuple[Outcome, ...]
     lock: Mapping[str, Any]
     folder: Path | None
+    looks: tuple[int, ...] = ()
+    report: Path | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,7 +17,7 @@ import torch
 from rich.console import Console
 
 from etude.race._errors import InputError, RaceError, one_line
-from etude.race._model import Cell, Outcome, Plan, Result
+from etude.race._model import Cell, Outcome, Plan, Result, canonical
 from etude.race.plan import FLOOR, MOST, entries, folder_name, make_lock, make_plan, open_task, seeds_of
 from etude.race.pool import Pool, cell_request, cores, outcome_of
 from etude.race.progress import Voice, clock
@@ -50,8 +52,16 @@ def race(
         seed=seed, quiet=quiet,
     )  # fmt: skip
     if not quiet:
-        Console().print(table(result))
+        show(result)
     return result
+
+
+def show(result: Result) -> None:
+    """Print the table, and where the report is and how to go on."""
+    console = Console()
+    console.print(table(result))
+    again = f"resume or extend: etude race --continue {shlex.quote(str(result.folder))}"
+    console.print(f"report: {result.report}   {again}", markup=False, highlight=False, soft_wrap=True)
 
 
 def resume(folder: str | Path, **changes: Any) -> Result:
@@ -79,7 +89,7 @@ def run(
     refuse_while_importing()
     found = find_task(task)
     lines = entries(contenders, baseline)
-    _check(seeds=seeds, steps=steps, seed=seed, device=device)
+    _check(seeds=seeds, steps=steps, seed=seed, device=device, workers=workers)
     workers = _workers(workers, device)
     opened = open_task(found, seeds_of("tune", seed, 1)[0])
     steps = steps or opened.steps
@@ -91,34 +101,47 @@ def run(
         voice = stack.enter_context(Voice(quiet=quiet))
         pool = stack.enter_context(Pool(found.ref, steps=steps, device=device, workers=workers))
         ledger = stack.enter_context(Ledger(folder, lock)) if (folder / FILE).exists() else None
-        probes = _probe(pool, lines, (ledger.fact("probes") if ledger else None) or {})
+        probes = _probe(pool, voice, lines, (ledger.fact("probes") if ledger else None) or {})
         ledger = ledger or stack.enter_context(Ledger(folder, lock))
         ledger.set_fact("probes", probes)
         ledger.set_fact("asked", {**asked, "device": device, "seed": seed})
         seconds = {name: probes[name]["seconds"] for name in lines}
-        plan = make_plan(found, opened, lines, steps=steps, seed=seed, seeds=seeds, seconds=seconds)
+        plan = make_plan(
+            found, opened, lines, steps=steps, seed=seed, seeds=seeds, seconds=seconds, workers=workers
+        )  # fmt: skip
         memory = workers * max(probes[name]["bytes"] for name in lines)
-        _announce(voice, plan, workers=workers, memory=memory, held=len(ledger), folder=folder)
+        _announce(voice, plan, memory=memory, held=len(ledger), folder=folder)
         try:
-            outcomes = _Course(plan, ledger, pool, voice, workers).run()
+            outcomes = _Course(plan, ledger, pool, voice).run()
         except KeyboardInterrupt:
             voice.line("stopped", f"{len(ledger)} finished runs are kept in {folder}; the same command resumes")
             raise
-        looks = sorted({*(ledger.fact("looks") or []), seeds})
-        ledger.set_fact("looks", looks)
-        if looks[0] < seeds:
-            voice.line("note", f"judged before, at {looks[0]} seeds; the p-values are those of a single look")
+        looks, mark = _look(ledger, lines, seeds)
     standings, aa = judge(plan, outcomes)
-    result = Result(plan, standings, aa, outcomes, lock, folder)
+    result = Result(plan, standings, aa, outcomes, lock, folder, looks, folder / f"report{mark}.html")
     try:
-        (folder / "result.json").write_text(json.dumps(to_json(result), indent=1) + "\n", encoding="utf-8")
-        write_html(result, folder / "report.html")
+        held = json.dumps(to_json(result), indent=1) + "\n"
+        (folder / f"result{mark}.json").write_text(held, encoding="utf-8")
+        write_html(result, folder / f"report{mark}.html")
     except OSError as error:
         raise RaceError(f"cannot write the report in {folder}: {error.strerror}; the ledger holds every run") from error
     return result
 
 
-def _check(*, seeds: int, steps: int | None, seed: int, device: str) -> None:
+def _look(ledger: Ledger, lines: Mapping[str, float], seeds: int) -> tuple[tuple[int, ...], str]:
+    """At how many other seeds these very contenders were judged before, and what marks their report among others'."""
+    baseline, *others = lines.items()
+    key = hashlib.sha256(canonical([baseline, *sorted(others)]).encode()).hexdigest()[:8]
+    judged = ledger.fact("judged") or {"first": key}  # the first race of a folder has the plain report.html
+    looks = judged.get(key, [])
+    ledger.set_fact("judged", {**judged, key: sorted({*looks, seeds})})
+    return tuple(n for n in looks if n != seeds), "" if judged["first"] == key else f"-{key}"
+
+
+def _check(*, seeds: int, steps: int | None, seed: int, device: str, workers: int | None) -> None:
+    for name, given in (("seeds", seeds), ("steps", steps), ("seed", seed), ("workers", workers)):
+        if given is not None and type(given) is not int:
+            raise InputError(f"{name}={given!r}: this is not a whole number")
     if not FLOOR <= seeds <= MOST:
         raise InputError(
             f"seeds={seeds}: a race takes {FLOOR} to {MOST} final seeds; fewer than {FLOOR} cannot decide anything"
@@ -143,43 +166,54 @@ def _workers(asked: int | None, device: str) -> int:
     return asked or (have if device == "cpu" else 1)
 
 
-def _probe(pool: Pool, lines: Mapping[str, float], known: dict[str, Any]) -> dict[str, Any]:
+def _probe(pool: Pool, voice: Voice, lines: Mapping[str, float], known: dict[str, Any]) -> dict[str, Any]:
     """What a few warm steps of each contender cost, once each has been seen to take effect (R10).
 
-    All are probed at the baseline's lr; ``known`` holds what an earlier race in this folder has probed.
+    All are probed at the baseline's lr; ``known`` holds what an earlier race in this folder has probed. What a few
+    steps do not tell from the baseline may act later: both then run the whole schedule.
     """
     names, lr = list(lines), next(iter(lines.values()))
     probes = {name: held for name, held in known.items() if held["lr"] == lr}
+    probes |= _probed(pool, [name for name in names if name not in probes], lr)
+    base = probes[names[0]]
+    if base["reason"]:
+        raise InputError(f"the baseline {names[0]} does not run on this task: {base['reason']}")
+    if same := [name for name in names[1:] if probes[name]["digest"] == base["digest"]]:
+        voice.line("probe", f"{', '.join(same)}: as {names[0]} in the first steps; trying the whole schedule")
+        whole = _probed(pool, [names[0], *same], lr, whole=True)
+        for name in same:
+            if (digest := whole[name]["digest"]) and digest == whole[names[0]]["digest"]:
+                raise InputError(
+                    f"{name} is a no-op on this model: it trains to the same weights and outputs as {names[0]}"
+                )
+            probes[name]["digest"] = digest  # unlike the baseline's: a race resumed need not try again
+    return probes
+
+
+def _probed(pool: Pool, names: Sequence[str], lr: float, whole: bool = False) -> dict[str, Any]:
+    """The workers' answers to a probe of each contender; a worker that died is one that tells nothing."""
     for name in names:
-        if name not in probes:
-            pool.submit({"kind": "probe", "contender": name, "lr": lr})
+        pool.submit({"kind": "probe", "contender": name, "lr": lr, "whole": whole})
+    found = {}
     for request, answer in pool.results():
         if "refused" in answer:
             raise InputError(answer["refused"])
         died = {"digest": "", "reason": answer.get("died"), "seconds": 0.0, "bytes": 0}
-        probes[request["contender"]] = {**(died if "died" in answer else answer), "lr": lr}
-    base = probes[names[0]]
-    if base["reason"]:
-        raise InputError(f"the baseline {names[0]} does not run on this task: {base['reason']}")
-    for name in names[1:]:
-        if probes[name]["digest"] == base["digest"]:
-            raise InputError(
-                f"{name} is a no-op on this model: it trains to the same weights and outputs as {names[0]}"
-            )
-    return probes
+        found[request["contender"]] = {**(died if "died" in answer else answer), "lr": lr}
+    return found
 
 
-def _announce(voice: Voice, plan: Plan, *, workers: int, memory: int, held: int, folder: Path) -> None:
+def _announce(voice: Voice, plan: Plan, *, memory: int, held: int, folder: Path) -> None:
     """The plan, before the first run: how many runs, how long, how much memory, which effects it can see."""
     contenders, final, control = len(plan.contenders), len(plan.final_seeds), len(plan.aa_seeds)
     runs = (plan.tune_budget + final) * contenders + control
     work = (plan.tune_budget + final) * math.fsum(plan.seconds_per_run.values())
     work += plan.seconds_per_run[plan.baseline] * control
     said = [
-        f"{plan.task}: {contenders} contenders × ({plan.tune_budget} tuning + {final} final)"
-        f" + {control} A/A = {runs} runs",
+        f"{plan.task}: {contenders} contenders × (up to {plan.tune_budget} tuning + {final} final)"
+        f" + {control} A/A = up to {runs} runs",
         f"{plan.steps} steps each",
-        f"about {clock(work / workers)} on {workers} worker{'s' * (workers > 1)}",
+        f"about {clock(work / plan.workers)} on {plan.workers} worker{'s' * (plan.workers > 1)}",
         f"{memory / 2**30:.1f} GB",
         f"sees differences ≥ {plan.visible:.2g} sd of a seed (80 % power)",
     ]
@@ -196,11 +230,11 @@ def _announce(voice: Voice, plan: Plan, *, workers: int, memory: int, held: int,
 class _Course:
     """The cells of a plan, stage by stage, each stage's cells interleaved over the contenders (R7)."""
 
-    def __init__(self, plan: Plan, ledger: Ledger, pool: Pool, voice: Voice, workers: int) -> None:
+    def __init__(self, plan: Plan, ledger: Ledger, pool: Pool, voice: Voice) -> None:
         self.plan, self.ledger, self.pool, self.voice = plan, ledger, pool, voice
         self.left = {name: plan.tune_budget + len(plan.final_seeds) for name in plan.contenders}  # runs
         self.left[plan.baseline] += len(plan.aa_seeds)
-        self.spent, self.rate, self.began = 0.0, float(workers), time.monotonic()
+        self.spent, self.rate, self.began = 0.0, float(plan.workers), time.monotonic()
 
     def run(self) -> tuple[Outcome, ...]:
         """Every outcome of the plan, in the plan's order, whatever the order in which they finished."""

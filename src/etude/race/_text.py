@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
-from etude.race._model import Result, Standing
+from etude.race._model import Plan, Result, Standing
+from etude.race.plan import MOST
 from etude.race.verdict import DIFFERENT
 
 Pair = tuple[float, float]
@@ -73,6 +75,28 @@ def rate(lr: float) -> str:
     return f"{lr:.2g}"
 
 
+def chosen(standing: Standing) -> str:
+    """The learning rate taken, a star where it is at the edge; a dash where every rate tried has failed."""
+    if standing.tuned and all(mean is None for _, mean in standing.tuned):
+        return "–"
+    return rate(standing.lr) + "*" * standing.at_edge
+
+
+def watched(plan: Plan) -> str:
+    """The metric of tuning and of the curves, which is never taken on test data: ``validation loss``."""
+    return f"validation {plan.metric.partition(' ')[2]}"
+
+
+def folded(name: str, width: int) -> str:
+    """A contender's name in lines of at most ``width`` where it can be: broken after spaces, commas, parentheses."""
+    lines = [""]
+    for part in re.findall(r"[^\s,(]*[\s,(]*", name):
+        if lines[-1] and len((lines[-1] + part).rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
+
+
 def chance(p: float | None) -> str:
     """``p = .031`` style, without the letter: ``0.031``, ``< 0.0001``."""
     return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}"
@@ -120,14 +144,35 @@ def notes(result: Result) -> list[tuple[str, str]]:
         span = [number(visible[0], visible[0]), number(visible[-1], visible[-1])]
         shown = span[0] if span[0] == span[1] else " to ".join(span)
         lines.append(("visible", f"This race could see differences of {shown}{unit} and more (80 % power)."))
-    for s in others:
-        if s.more:
-            minutes = seconds(s.more * ((s.seconds or 0) + (base.seconds or 0)))
-            lines.append(("open", f"{s.contender}: {s.more:,} more seeds, about {minutes}, would decide."))
+    if said := _open(result):
+        lines.append(("open", f"{said}."))
+    if result.looks:
+        counts = listed([f"{n}" for n in result.looks])
+        lines.append(("bad", f"Judged before at {counts} seeds: p-values are of a single look."))
+    if result.plan.metric.startswith("validation "):
+        lines.append(("shared", "No test data: learning rates and verdict are taken on the same validation data."))
     if base.at_edge:
         lines.append(("bad", f"{base.contender}'s lr is at the edge of its grid; mistrust “better”."))
     lines += [("bad", line) for s in result.standings if (line := failed_runs(s))]
     return lines
+
+
+def _open(result: Result) -> str:
+    """How many more seeds would decide what is undecided, and what all contenders' runs on them would cost."""
+    (base, *others), plan = result.standings, result.plan
+    each = {s.contender: plan.seconds_per_run.get(s.contender, s.seconds or 0.0) for s in result.standings}
+    a_seed = (sum(each.values()) + each[base.contender]) / plan.workers  # the A/A control runs on more seeds too
+    some, never = list[str](), list[str]()
+    for s in others:
+        if s.word != "no significant difference" or s.failures or base.failures or not s.difference:
+            continue  # decided, or nothing that more seeds would mend
+        if s.more is None or len(plan.final_seeds) + s.more > MOST:
+            never.append(s.contender)
+            continue
+        many = "about {:,}" if some else f"About {{:,}} more seed{'s' * (s.more > 1)} would probably decide"
+        some.append(f"{many.format(s.more)} {s.contender} ({seconds(s.more * a_seed)})")
+    no = [f"{'no' if some else 'No'} number of seeds this race allows would decide {listed(never)}"] if never else []
+    return "; ".join([", ".join(some)] * bool(some) + no)
 
 
 def failed_runs(standing: Standing) -> str:

@@ -31,9 +31,8 @@ def _serve(lines: queue.Queue[str], out: TextIO, setup: dict[str, Any]) -> None:
             if asked["kind"] == "cell":
                 answer = asdict(train(factory, Cell(**asked["cell"]), steps=setup["steps"], device=setup["device"]))
             else:
-                answer = probe(
-                    factory, asked["contender"], lr=asked["lr"], steps=setup["steps"], device=setup["device"]
-                )
+                given = {k: asked[k] for k in ("lr", "whole")}
+                answer = probe(factory, asked["contender"], **given, steps=setup["steps"], device=setup["device"])
         except InputError as error:
             answer = {"refused": one_line(error)}
         out.write(json.dumps(answer) + "\n")

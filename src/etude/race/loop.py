@@ -142,14 +142,16 @@ def diverged(first: float, curve: list[Point]) -> str:
     return ""
 
 
-def probe(factory: Factory, contender: str, *, lr: float, steps: int, device: str = "cpu") -> dict[str, Any]:
-    """Set a contender up and take a few steps: whether it can be built, what it changes, what it costs.
+def probe(
+    factory: Factory, contender: str, *, lr: float, steps: int, device: str = "cpu", whole: bool = False
+) -> dict[str, Any]:
+    """Set a contender up and take a few steps, or the ``whole`` schedule: can it be built, what changes, what it costs.
 
-    ``digest`` identifies the weights and the outputs after those steps: a contender that has the baseline's at the
-    same lr is a no-op on this model (R10). A contender that cannot be built raises InputError; one that fails later
-    does not.
+    ``digest`` identifies the weights and the outputs after those steps, "" where they are not finite: a contender that
+    has the baseline's at the same lr is a no-op on this model (R10). A contender that cannot be built raises
+    InputError; one that fails later does not.
     """
-    few = min(PROBE_STEPS, steps)
+    few = steps if whole else min(PROBE_STEPS, steps)
     try:
         run = Run(factory, contender, lr=lr, seed=0, steps=few, device=device)
     except Exception as error:
@@ -160,7 +162,7 @@ def probe(factory: Factory, contender: str, *, lr: float, steps: int, device: st
         began = run.now()
         value = run.measure(run.task.valid)
         evaluation = run.now() - began
-        digest = f"{digest_state(run.model)} {value!r}"
+        digest = f"{digest_state(run.model)} {value!r}" if math.isfinite(value) else ""
     except Exception as error:
         reason = f"raised {type(error).__name__}: {one_line(error)}"
     seconds = statistics.median(run.times) * steps + evaluation * EVALUATIONS if run.times else 0.0

@@ -44,11 +44,16 @@ def entry(asked: str) -> tuple[str, float]:
     if "lr" not in rule.method.knobs:
         raise InputError(f"the contender {asked!r} has no lr to tune")
     default = rule.method.knobs["lr"]
-    return str(recipe.with_knobs(lr=default)), float(dict(rule.knobs).get("lr", default))
+    centre = dict(rule.knobs).get("lr", default)
+    if not isinstance(centre, (int, float)) or not 0 < centre < 1000:
+        raise InputError(f"the contender {asked!r}: its lr, {centre}, cannot centre a grid; give one in (0, 1000)")
+    return str(recipe.with_knobs(lr=default)), float(centre)
 
 
 def entries(asked: Sequence[str], baseline: str | None) -> dict[str, float]:
     """Contender → the centre of its grid, baseline first."""
+    if not isinstance(asked, (list, tuple)) or not all(isinstance(text, str) for text in asked):
+        raise InputError(f'contenders are a list of recipes, e.g. ["adamw", "muon"]; this is {asked!r}')
     found: dict[str, float] = {}
     for text in [*([baseline] if baseline else []), *asked]:
         name, centre = entry(text)
@@ -76,19 +81,29 @@ def grid(centre: float) -> tuple[float, ...]:
 
 
 def open_task(found: Found, seed: int) -> Task:
-    """The task at the first tuning seed, after a check that its data do not change with the seed (R1)."""
+    """The task at the first tuning seed; its data must not change with the seed (R1), its models share no weights."""
     try:
-        one, other = make_task(found.factory, seed), make_task(found.factory, seed + 1)
+        one, again, other = (make_task(found.factory, s) for s in (seed, seed, seed + 1))
         same = one.data_hash() == other.data_hash()
     except InputError:
         raise
     except Exception as error:
         raise InputError(f"task {found.name} does not build: {type(error).__name__}: {one_line(error)}") from error
+    if _weights(one) & _weights(again) or _weights(one) & _weights(other):  # a run would train on the last one's
+        raise InputError(
+            f"task {found.name}: the factory returns the same model twice; build it, or copy.deepcopy it, inside the "
+            "factory"
+        )
     if not same:
         raise InputError(
             f"task {found.name}: the data change with the seed; fix their seed, only the weights may differ"
         )
     return one
+
+
+def _weights(task: Task) -> set[int]:
+    """Where the parameters lie in memory."""
+    return {p.untyped_storage().data_ptr() for p in task.model.parameters() if p.numel()}
 
 
 def make_lock(found: Found, task: Task, *, steps: int, seed: int, device: str) -> dict[str, Any]:
@@ -123,6 +138,7 @@ def make_plan(
     seed: int,
     seeds: int,
     seconds: Mapping[str, float],
+    workers: int,
 ) -> Plan:
     """``contenders``: canonical text → the learning rate its grid is centred on, baseline first."""
     names = tuple(contenders)
@@ -139,6 +155,7 @@ def make_plan(
         aa_seeds=seeds_of("aa", seed, seeds),
         seconds_per_run=dict(seconds),
         visible=visible_effect(seeds, len(names) - 1),
+        workers=workers,
     )
 
 

@@ -53,7 +53,7 @@ def _line(result: Result, standing: Standing) -> Line:
         word=standing.word,
         step=_text.seconds(standing.step_seconds) if own else _text.ratio(standing.step_seconds, base.step_seconds),
         state=_text.size(standing.state_bytes) if own else _text.ratio(standing.state_bytes, base.state_bytes),
-        lr=_text.rate(standing.lr) + ("*" if standing.at_edge else ""),
+        lr=_text.chosen(standing),
         colour=colour(result, standing.contender),
     )
 
@@ -65,16 +65,22 @@ class Sheet:
     result: Result
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.rows("\n" if options.max_width < 110 else " ")
+        fold = "\n" if options.max_width < 110 else " "
+        wide = max(len(s.contender) for s in self.result.standings)
+        tables = (self.rows(fold, width) for width in range(wide, 0, -1))
+        free = options.update(max_width=10_000)
+        yield next(
+            (t for t in tables if console.measure(t, options=free).maximum <= options.max_width), self.rows(fold, 1)
+        )
         yield from self.notes()
 
-    def rows(self, fold: str) -> Table:
-        """One row per contender; ``fold`` stands between a number and its interval."""
+    def rows(self, fold: str, width: int) -> Table:
+        """One row per contender, its name in ``width``; ``fold`` stands between a number and its interval."""
         lines = [_line(self.result, s) for s in self.result.standings]
         base = self.result.plan.baseline
         grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
-        grid.add_column("contender", min_width=9, overflow="fold")
-        grid.add_column(f"{self.result.plan.metric}{fold}[95 %]", no_wrap=True)
+        grid.add_column("contender", overflow="fold")
+        grid.add_column(f"{self.result.plan.metric.replace(' ', fold, 1)}{fold}[95 %]", no_wrap=True)
         grid.add_column(f"against{fold}{base if len(base) < 12 else 'baseline'}", no_wrap=True)
         grid.add_column("verdict", no_wrap=True)
         for name in ("step", "state", "lr"):
@@ -82,7 +88,15 @@ class Sheet:
         for line in lines:
             metric, against = (cell.replace(" [", f"{fold}[") for cell in (line.metric, line.against))
             word = Text(line.word.replace("significant ", f"significant{fold}"), style=STYLES.get(line.word, ""))
-            grid.add_row(Text(line.contender), Text(metric), Text(against), word, line.step, line.state, line.lr)
+            grid.add_row(
+                Text(_text.folded(line.contender, width)),
+                Text(metric),
+                Text(against),
+                word,
+                line.step,
+                line.state,
+                line.lr,
+            )
         return grid
 
     def notes(self) -> list[Text]:
@@ -90,7 +104,7 @@ class Sheet:
         styles = {"bad": "bold red", "aa": "green" if self.result.aa.word == SAME else "yellow"}
         said = [Text(line, style=styles.get(kind, "dim")) for kind, line in _text.notes(self.result)]
         edge = [Text("* at the edge of the learning rates tried.", style="dim")]
-        return said + edge * any(s.at_edge for s in self.result.standings)
+        return said + edge * any("*" in _text.chosen(s) for s in self.result.standings)
 
 
 def table(result: Result) -> Sheet:
@@ -139,7 +153,7 @@ def _page(result: Result) -> dict[str, Any]:
         "panels": [(s, Markup(_charts.sensitivity(result, s))) for s in standings if s.tuned],
         "curves": [
             (f"{what}, {by}", Markup(_charts.curves(result, across, up, unit)))
-            for what, up in ((result.plan.metric, _charts.METRIC), ("train loss", _charts.LOSS))
+            for what, up in ((_text.watched(result.plan), _charts.METRIC), ("train loss", _charts.LOSS))
             for by, across, unit in (("by step", _charts.STEP, "step"), ("by second", _charts.SECONDS, "seconds"))
         ],
         "control": Markup(_charts.control(result)),
@@ -150,7 +164,8 @@ def _page(result: Result) -> dict[str, Any]:
         "failures": [(s.contender, s.failures) for s in standings if s.failures],
         "lock": json.dumps(_plain(result.lock), indent=2, ensure_ascii=False),
         "data": Markup(json.dumps(to_json(result), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
-        "rate": _text.rate,
+        "watched": _text.watched(result.plan),
+        "chosen": _text.chosen,
     }
 
 
@@ -159,7 +174,7 @@ def _slug(word: str) -> str:
 
 
 def _cost(result: Result, standing: Standing) -> dict[str, str]:
-    """What a contender costs, and when it reaches the baseline's median final metric (R12)."""
+    """What a contender costs, and when it reaches the baseline's median final validation metric (R12)."""
     base = result.standings[0]
     runs = _charts.finals(result, standing)
     reached, usual = _reach(result, standing), _reach(result, base)
@@ -184,12 +199,15 @@ def _cost(result: Result, standing: Standing) -> dict[str, str]:
 
 
 def _reach(result: Result, standing: Standing) -> list[tuple[float, float] | None]:
-    """(step, seconds) at which each final run first stood at the tuned baseline's median final metric, or None."""
-    known = [v for v in result.standings[0].values if v is not None]
-    if not known:
+    """(step, seconds) at which each final run first stood where the tuned baseline's curves end, in median, or None.
+
+    Curves are taken on validation data, and so is the target, wherever the verdict is.
+    """
+    ends = [run.curve[-1][3] for run in _charts.finals(result, result.standings[0]) if value_of(run) is not None]
+    if not ends:
         return [None for _ in standing.values]
     sign = 1 if result.plan.minimize else -1
-    target = float(np.median(known))
+    target = float(np.median(ends))
     runs = _charts.finals(result, standing)
     return [
         next(((float(p[0]), p[1]) for p in run.curve if sign * p[3] <= sign * target), None) for run in runs
@@ -211,7 +229,8 @@ def _card(result: Result, standing: Standing) -> dict[str, Any]:
     finals = _charts.finals(result, standing)
     base = result.standings[0]
     edge = ("at the edge" if standing.at_edge else "inside") if standing.tuned else "not tuned"
-    facts = [("learning rate", f"{_text.rate(standing.lr)}, {edge}"), ("rates tried", str(len(standing.tuned) or 1))]
+    lr = _text.chosen(standing).rstrip("*")
+    facts = [("learning rate", lr if lr == "–" else f"{lr}, {edge}"), ("rates tried", str(len(standing.tuned) or 1))]
     facts += _spent("tuning", tuning, result.plan.tune_seeds) + _spent("final", finals, result.plan.final_seeds)
     if standing is not base:
         facts += _numbers(standing, base)
@@ -224,14 +243,13 @@ def _numbers(standing: Standing, base: Standing) -> list[tuple[str, str]]:
     boot = standing.bootstrap_interval
     ends = None if boot is None else _text.with_interval(0.0, (factor * boot[0], factor * boot[1]), signed=True)
     visible = None if standing.visible is None else factor * standing.visible
-    facts = [
+    return [
         ("p", _text.chance(standing.p)),
         ("p by Holm", _text.chance(standing.p_holm)),
         ("bootstrap-t", "–" if ends is None else ends.partition(" ")[2] + unit),
         ("visible from", "–" if visible is None else _text.number(visible, visible) + unit),
         ("ρ across seeds", "–" if standing.rho is None else _text.number(standing.rho, 0.1, signed=True)),
     ]
-    return facts + ([("would decide", f"{standing.more:,} more seeds")] if standing.more else [])
 
 
 def _spent(stage: str, runs: Sequence[Outcome], seeds: Sequence[int]) -> list[tuple[str, str]]:

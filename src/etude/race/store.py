@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from etude.race._errors import RaceError
+from etude.race._errors import InputError, RaceError
 from etude.race._model import Cell, Outcome, canonical
 
 FILE = "ledger.sqlite"
@@ -111,7 +111,7 @@ def read_fact(folder: Path, name: str) -> Any:
     """A fact of an existing ledger, without opening it for a race."""
     file = folder / FILE
     if not file.is_file():
-        raise RaceError(f"no ledger in {folder}: {FILE} is not there")
+        raise InputError(f"no race in {folder}: {FILE} is not there")
     try:
         db = _connect(file)
     except sqlite3.DatabaseError as error:

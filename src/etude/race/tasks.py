@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from etude.race._errors import InputError, nearest, one_line
+from etude._words import nearest
+from etude.race._errors import InputError, one_line
 from etude.race.task import Task
 
 Factory = Callable[[int], Task]
@@ -70,16 +71,19 @@ def builtin() -> dict[str, Factory]:
 def find_task(asked: str | Factory) -> Found:
     """A built-in name, ``path/to/my_task.py[:factory]`` (default ``task``), or a factory that stands in a file."""
     if callable(asked):
-        path = inspect.getsourcefile(asked)
-        if path is None or not Path(path).is_file() or "." in asked.__qualname__:
+        plain = inspect.unwrap(asked)
+        path = inspect.getsourcefile(plain) if inspect.isfunction(plain) else None
+        if path is None or not Path(path).is_file() or plain.__globals__.get(plain.__name__) is not asked:
             raise InputError("a task's factory is a top-level function in a file, so that every process can find it")
-        asked = f"{path}:{asked.__qualname__}"
+        asked = f"{path}:{plain.__name__}"
+    if not isinstance(asked, str):
+        raise InputError(f"a task is a name, path/to/my_task.py[:factory] or a factory; this is {asked!r}")
     if asked in (known := builtin()):
         return Found(asked, asked, known[asked], _sha(Path(__file__)))
     path, _, name = asked.partition(".py:")
     path, name = (f"{path}.py", name) if name else (asked, "task")
     if not path.endswith(".py"):
-        raise InputError(f"no task {asked!r}; {nearest(asked, known)} (or path/to/my_task.py[:factory])")
+        raise InputError(f"no task {asked!r}; nearest: {nearest(asked, known)} (or path/to/my_task.py[:factory])")
     file = Path(path).resolve()
     if not file.is_file():
         raise InputError(f"no task file {path}")
@@ -115,9 +119,7 @@ def _factory(file: Path, name: str) -> Factory:
     factory = getattr(module, name, None)
     if not callable(factory):
         functions = [n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == own]
-        raise InputError(
-            f"{file.name} has no function {name!r}; {nearest(name, functions) if functions else 'it has none'}"
-        )
+        raise InputError(f"{file.name} has no function {name!r}; it has {', '.join(functions) or 'none'}")
     return factory  # type: ignore[no-any-return]
 
 

@@ -48,8 +48,8 @@ def next_trials(
 ) -> list[tuple[float, int]]:
     """The (lr, index into ``seeds``) to run next, none when tuning is over: a function of finished outcomes (R3, R4).
 
-    Every lr of the grid runs on the first seed; while the best is at an edge, the grid grows by a point there (at most
-    2 a side); the rest of the budget repeats the best 3 or fewer on the other seeds. If all fail it grows downwards.
+    Every lr of the grid runs on the first seed; the rest of the budget repeats the best 3 or fewer on the other seeds.
+    While one of those is an edge, the grid first grows by a point there (at most 2 a side); if all fail, downwards.
     """
     line = sorted(grid)
     if len(line) < 2:
@@ -68,12 +68,12 @@ def next_trials(
         if missing:
             return missing
         ranked = sorted(line, key=lambda lr: (done[lr, seeds[0]], lr))
-        beyond = above if ranked[0] == line[-1] else below if ranked[0] == line[0] else []
+        repeats = min(3, (budget - len(line)) // (len(seeds) - 1))
+        top = [lr for lr in ranked[:repeats] if done[lr, seeds[0]] < math.inf]
+        beyond = above if line[-1] in top and above else below if line[0] in top or not top else []
         if not beyond or len(line) + len(seeds) > budget:
             break
         line = sorted([*line, beyond.pop(0)])
-    repeats = min(3, (budget - len(line)) // (len(seeds) - 1))
-    top = [lr for lr in ranked[:repeats] if done[lr, seeds[0]] < math.inf]
     return [(lr, i) for i in range(1, len(seeds)) for lr in top if (lr, seeds[i]) not in done]
 
 

@@ -52,12 +52,17 @@ class Recipe:
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Norms, then initial weights, then maps, put into ``model``; what finds nothing to change is an error."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"a recipe is applied to a model, got {type(model).__name__}")
+        done: list[str] = []
         for room, put in PUT.items():
             for part in self._of(room):
                 try:
                     put(model, part.make())
                 except ValueError as error:
-                    raise ValueError(f"{part} in the recipe {self}: {error}") from None
+                    left = f"; the model already has {' + '.join(done)}: build it anew" if done else ""
+                    raise ValueError(f"{part} in the recipe {self}: {error}{left}") from None
+                done.append(str(part))
         return model
 
     def optimizer(self, model: nn.Module, lr: float | None = None, **options: Any) -> torch.optim.Optimizer:
@@ -108,6 +113,8 @@ def _place(part: Part) -> tuple[int, bool]:
 
 def parse(text: str) -> Recipe:
     """The recipe of an expression: names or ``room.name``, with literal knobs in brackets, joined by ``+``."""
+    if not isinstance(text, str):
+        raise TypeError(f"a recipe is text like 'muon(lr=0.02) + dyt', got {type(text).__name__}")
     try:
         calls = list(_calls(ast.parse(" ".join(text.split()), mode="eval").body))
     except (SyntaxError, ValueError, RecursionError, MemoryError):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from etude._method import stamp
+
 
 class Risk(nn.Module):
     """ℓ[n] → ℓ. losses: [n] or [n, t]; group: [n], integers, for risks that need to know who is who."""
@@ -11,6 +13,9 @@ class Risk(nn.Module):
     def forward(self, losses: Tensor, group: Tensor | None = None) -> Tensor:
         """One loss (a scalar) of the dtype of ``losses``."""
         raise NotImplementedError(f"{type(self).__name__} is not a risk yet: write forward(losses, group)")
+
+    def __repr__(self) -> str:
+        return str(stamp(self) or super().__repr__())
 
 
 def check(losses: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,11 +20,13 @@ class GroupDro(Risk):
 
     def __init__(self, group_counts: Sequence[int], step_size: float, adjustment: float) -> None:
         super().__init__()
+        if not isinstance(group_counts, Iterable):
+            raise TypeError(f"group_dro needs group_counts, a number for each group, got {group_counts!r}")
         counts = [int(n) for n in group_counts]
         if not counts or min(counts) < 1:
             raise ValueError(f"group_dro needs the number of training examples of each group (≥ 1), got {counts}")
-        if step_size < 0 or adjustment < 0:
-            raise ValueError(f"group_dro needs step_size, adjustment ≥ 0, got {step_size} and {adjustment}")
+        if not 0 <= step_size < math.inf or not 0 <= adjustment < math.inf:
+            raise ValueError(f"group_dro needs finite step_size, adjustment ≥ 0, got {step_size} and {adjustment}")
         self.step_size = step_size
         self.register_buffer("log_q", torch.full((len(counts),), -math.log(len(counts))))
         self.register_buffer("shift", torch.tensor([adjustment / math.sqrt(n) for n in counts]), persistent=False)
@@ -46,9 +48,9 @@ class GroupDro(Risk):
         """The mean loss of each group, 0 where the batch holds none of it.  [n], [n] → [G]"""
         check(losses)
         groups = len(self.log_q)
-        if group is None or group.shape != losses.shape[:1] or group.is_floating_point():
-            got = "nothing" if group is None else f"{group.dtype} {list(group.shape)}"
-            raise ValueError(f"group_dro needs group: integers [{len(losses)}], the group of each loss; got {got}")
+        if not isinstance(group, Tensor) or group.shape != losses.shape[:1] or group.is_floating_point():
+            got = f"{group.dtype} {list(group.shape)}" if isinstance(group, Tensor) else type(group).__name__
+            raise ValueError(f"group_dro needs group: integers [{len(losses)}] in a tensor, one per loss; got {got}")
         wide = losses.to(torch.promote_types(losses.dtype, self.log_q.dtype))
         each = wide.reshape(len(losses), -1).mean(1)
         zero = each.new_zeros(groups)
@@ -66,6 +68,7 @@ class GroupDro(Risk):
 def group_dro(group_counts: Sequence[int], step_size: float = 0.01, adjustment: float = 0.0) -> GroupDro:
     """ℓ = Σ_g q_g ℓ_g with q_g ← q_g exp(step_size·ℓ_g)/Σ first, ℓ_g = the group's mean loss + adjustment/√n_g.
 
+    For imbalanced or atypical groups and spurious correlations: the group that fares worst gets the most weight.
     ``group_counts``: n_g, the training examples of each group. A group that is absent from the batch has mean loss 0.
     The paper warns: a network that can fit everything needs strong weight decay or early stopping beside it.
     """

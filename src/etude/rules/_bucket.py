@@ -5,6 +5,7 @@ A bucket owns its members' state as one tensor per name; what a user sees in ``o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from etude.rules._rounding import stochastic
+from etude.rules._rounding import rest, stochastic
 from etude.rules._rule import Chain, Width
 
 SMALL = 131_072
@@ -26,18 +27,18 @@ def layout(width: Width, numel: int, reference: bool) -> tuple[str, bool]:
     """Where a parameter goes: the bucket's layout, and whether it shares the bucket with others."""
     if reference:
         return "full", False
-    small = numel < SMALL
-    return {"coordinate": "flat", "tensor": "rows"}.get(width, "full"), small
+    return {"coordinate": "flat", "tensor": "rows"}.get(width, "full"), numel < SMALL
 
 
 @dataclass
 class Member:
-    """One parameter in a bucket: its name and owner model, and the number of steps it has taken."""
+    """One parameter in a bucket, its name, its owner model, and the state that a user sees."""
 
     p: Tensor
     name: str
     owner: int
-    t: int = 0
+    shown: dict[str, Tensor] = field(default_factory=dict)
+    views: tuple[Tensor, ...] = ()
 
     @property
     def real(self) -> Tensor:
@@ -56,23 +57,29 @@ class Bucket:
     state: list[dict[str, Tensor]] = field(default_factory=list)
     """For each part of the chain its tensors; the last entry is the engine's own (what rounding lost)."""
     steps: Tensor = field(default_factory=lambda: torch.empty(0))
+    """How many steps each member has taken; on the CPU, where reading it waits for nothing.  [k]"""
     resident: Tensor | None = None
     """The weights themselves, when the parameters are views of this buffer."""
     plain: bool = False
     """Whether no kernel could be built for it."""
     room: dict[str, Tensor] = field(default_factory=dict)
     """Buffers that weights and gradients are gathered into."""
-    _sizes: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    """How many real numbers each member holds."""
+    made_for: tuple[torch.dtype, torch.device] = (torch.float32, torch.device("cpu"))
 
     def allocate(self, chain: Chain, kahan: bool) -> None:
         """State at step 0: zeros, on the members' device."""
-        like = torch.empty(self.shape(), dtype=self.dtype, device=self.members[0].p.device)
+        first = self.members[0]
+        self.made_for = (first.p.dtype, first.p.device)
+        self.sizes = [m.real.numel() for m in self.members]
+        like = torch.empty(self._shape(), dtype=self.dtype, device=first.p.device)
         self.state = [part.init(like) for part in chain.parts]
-        low = self.members[0].p.dtype
+        low = first.p.dtype
         self.state.append({"compensation": torch.zeros_like(like, dtype=low)} if kahan and low in LOW else {})
-        self.steps = torch.zeros(len(self.members), dtype=torch.int64, device=like.device)
+        self.steps = torch.zeros(len(self.members), dtype=torch.int64)
 
-    def shape(self) -> tuple[int, ...]:
+    def _shape(self) -> tuple[int, ...]:
         k, first = len(self.members), self.members[0].real
         if self.layout == "flat":
             return (sum(self.sizes),)
@@ -80,38 +87,41 @@ class Bucket:
 
     def settle(self) -> None:
         """Move the members' weights into one buffer that they become views of."""
-        whole = torch.cat([m.real.reshape(-1) for m in self.members])
-        if whole.dtype != self.dtype or any(m.p.is_complex() for m in self.members):
+        if any(m.p.is_complex() or m.p.dtype != self.dtype or not m.p.is_contiguous() for m in self.members):
             return
+        whole = torch.cat([m.real.reshape(-1) for m in self.members])
         for m, piece in zip(self.members, torch.split(whole, self.sizes)):
             m.p.data = piece.view(m.p.shape)
         self.resident = whole
 
-    def settled(self) -> bool:
-        """Whether resident weights still live where ``settle`` put them; ``model.to()`` moves them."""
+    def stands(self, state: Any) -> bool:
+        """Whether the members are what it was made for and their state is what it owns: users may edit both."""
+        for m in self.members:
+            held = state.get(m.p)
+            if held is not m.shown or (m.p.dtype, m.p.device) != self.made_for or len(held) != len(m.views):
+                return False
+            if any(x is not y for x, y in zip(held.values(), m.views)):
+                return False
         if self.resident is None:
             return True
         at, size = self.resident.data_ptr(), self.resident.element_size()
-        for m in self.members:
-            if m.p.data_ptr() != at or m.p.dtype != self.resident.dtype:
+        for m, n in zip(self.members, self.sizes):
+            if m.p.data_ptr() != at:
                 return False
-            at += m.p.numel() * size
+            at += n * size
         return True
 
-    @property
-    def sizes(self) -> list[int]:
-        """How many real numbers each member holds."""
-        if not self._sizes:
-            self._sizes = [m.real.numel() for m in self.members]
-        return self._sizes
-
-    def views(self, i: int) -> dict[str, Tensor]:
-        """Member i's state by name, in the parameter's own shape."""
-        found = {"step": self.steps[i]}
+    def show(self, i: int, before: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Member i's state by name in the parameter's own shape, holding what it held ``before``."""
+        m, found = self.members[i], {"step": self.steps[i]}
         for entry in self.state:
             for name, x in entry.items():
-                same = sum(key == name or key.rpartition("_")[0] == name for key in found)
-                found[f"{name}_{same + 1}" if same else name] = _shaped(self.split(x)[i], self.members[i].p)
+                same = sum(key == name or _numbered(key, name) for key in found)
+                found[f"{name}_{same + 1}" if same else name] = _shaped(self.split(x)[i], m.p)
+        for key, value in before.items():
+            if key in found:
+                found[key].copy_(value)
+        m.shown, m.views = found, tuple(found.values())
         return found
 
     def split(self, x: Tensor, mine: Sequence[int] | None = None) -> Sequence[Tensor]:
@@ -158,6 +168,15 @@ class Work:
     packed: Tensor | None = None
     """The numbers as one tensor, for a kernel."""
 
+    def per_member(self, values: Tensor) -> Tensor:
+        """A value for each owner model, as the members see it: broadcastable to u.  [owners] → [n] or [k, 1, …]"""
+        owners = torch.tensor([self.bucket.members[i].owner for i in self.members])
+        mine = values.to(self.u.device, self.u.dtype)[owners.to(self.u.device)]
+        if self.bucket.layout != "flat":
+            return mine.view(-1, *[1] * (self.u.ndim - 1))
+        sizes = torch.tensor([self.bucket.sizes[i] for i in self.members], device=self.u.device)
+        return mine.repeat_interleave(sizes)
+
     def land(self, rounding: str) -> None:
         """Put the weights, and the state if it was gathered, back where they live."""
         b = self.bucket
@@ -166,7 +185,7 @@ class Work:
         ps = [b.members[i].real for i in self.members]
         if "compensation" in self.state[-1]:
             rounded = self.w.to(ps[0].dtype)
-            self.state[-1]["compensation"].copy_(self.w - rounded)
+            self.state[-1]["compensation"].copy_(rest(self.w, rounded))
             self.w = rounded
         elif rounding == "stochastic" and ps[0].dtype in LOW:
             pieces = [
@@ -189,13 +208,13 @@ class Work:
 def works(bucket: Bucket, maximize: bool) -> list[Work]:
     """The bucket's members that have a gradient, by step count. Mostly that is all of them, and nothing is copied."""
     by_count: dict[int, tuple[list[int], list[Tensor]]] = {}
-    for i, m in enumerate(bucket.members):
+    for i, (m, t) in enumerate(zip(bucket.members, bucket.steps.tolist())):
         g = m.p.grad
         if g is None:
             continue
         if g.layout is not torch.strided:
             raise RuntimeError(f"{m.name} has a sparse gradient; etude's rules need dense ones")
-        mine, gs = by_count.setdefault(m.t, ([], []))
+        mine, gs = by_count.setdefault(t, ([], []))
         mine.append(i)
         gs.append(torch.view_as_real(g) if g.is_complex() else g)
     return [
@@ -204,11 +223,11 @@ def works(bucket: Bucket, maximize: bool) -> list[Work]:
 
 
 def _work(bucket: Bucket, mine: list[int], gs: list[Tensor], t: int, room: str, maximize: bool) -> Work:
-    ms = [bucket.members[i] for i in mine]
     whole = len(mine) == len(bucket.members)
-    stays = whole and bucket.resident is not None
-    w = bucket.resident if stays else bucket.gather([m.real for m in ms], "w" + room)
-    assert w is not None
+    if whole and bucket.resident is not None:
+        w = bucket.resident
+    else:
+        w = bucket.gather([bucket.members[i].real for i in mine], "w" + room)
     g = bucket.gather(gs, "g" + room)
     state = bucket.state
     if not whole:
@@ -216,8 +235,6 @@ def _work(bucket: Bucket, mine: list[int], gs: list[Tensor], t: int, room: str, 
     if "compensation" in state[-1]:
         w = w.add_(state[-1]["compensation"])
     bucket.steps[slice(None) if whole else mine] += 1
-    for m in ms:
-        m.t = t
     g = -g if maximize else g
     return Work(bucket, mine, t, w, g, g, state, whole)
 
@@ -234,22 +251,21 @@ def _shaped(x: Tensor, p: Tensor) -> Tensor:
     return torch.view_as_complex(x.view(*p.shape, 2)) if p.is_complex() else x.view(p.shape)
 
 
+def _numbered(key: str, name: str) -> bool:
+    """Whether the key is ``name_2``, ``name_3``, …"""
+    head, _, tail = key.rpartition("_")
+    return head == name and tail.isdigit()
+
+
 def totals(all_works: Sequence[Work], partials: Sequence[Tensor]) -> list[Tensor]:
     """The sum of the partials over each owner model, as each work's members see it: 0-d, or broadcastable to u."""
     owners = [[work.bucket.members[i].owner for i in work.members] for work in all_works]
+    dtype, device = functools.reduce(torch.promote_types, (x.dtype for x in partials)), partials[0].device
     if len({o for mine in owners for o in mine}) <= 1:
-        total = torch.stack([x.sum() for x in partials]).sum()
-        return [total] * len(all_works)
-    count = max(o for mine in owners for o in mine) + 1
-    total = torch.zeros(count, dtype=partials[0].dtype, device=partials[0].device)
-    index = [torch.tensor(mine, device=total.device) for mine in owners]
-    for work, x, i in zip(all_works, partials, index):
-        total.index_add_(0, i, torch.stack([piece.sum() for piece in work.bucket.split(x, work.members)]))
-    seen = []
-    for work, i in zip(all_works, index):
-        if work.bucket.layout == "flat":
-            sizes = torch.tensor([work.bucket.sizes[j] for j in work.members], device=total.device)
-            seen.append(total[i].repeat_interleave(sizes))
-        else:
-            seen.append(total[i].view(-1, *[1] * (work.u.ndim - 1)))
-    return seen
+        total = torch.stack([x.sum().to(device, dtype) for x in partials]).sum()
+        return [total.to(work.u.device, work.u.dtype) for work in all_works]
+    total = torch.zeros(max(o for mine in owners for o in mine) + 1, dtype=dtype, device=device)
+    for work, x, mine in zip(all_works, partials, owners):
+        sums = torch.stack([piece.sum() for piece in work.bucket.split(x, work.members)])
+        total.index_add_(0, torch.tensor(mine, device=device), sums.to(device, dtype))
+    return [work.per_member(total) for work in all_works]

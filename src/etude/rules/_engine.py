@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor
 
+from etude._held import register
 from etude.rules._bucket import LOW, Bucket, Member, Work, layout, totals, works
+from etude.rules._checkpoint import aligned, fitting
 from etude.rules._kernel import NoKernel, Numbers, compiled, packed, run
 from etude.rules._rule import Bag, Chain
 
@@ -18,7 +21,7 @@ Rounding = Literal["kahan", "stochastic", "nearest"]
 log = logging.getLogger("etude")
 
 _OWN_KEYS = {"params", "param_names", "rule", "owners", "initial_lr", "name"}
-"""What a param group may hold beside its rule's knobs."""
+"""What a param group may hold beside its rule's knobs when it is given."""
 
 
 class RuleOptimizer(torch.optim.Optimizer):
@@ -38,33 +41,55 @@ class RuleOptimizer(torch.optim.Optimizer):
                 raise ValueError(f"{given!r} is none of {', '.join(get_args(choices))}")
         self.engine, self.rounding, self.resident, self.maximize = engine, rounding, resident, maximize
         self.rules: list[Chain] = []
-        self._coming = [rules] if isinstance(rules, Chain) else list(rules)
+        self._first_lr: list[Any] = []
+        self._coming = [] if isinstance(rules, Chain) else list(rules)
+        self._known = {rule.name: rule for rule in ([rules] if isinstance(rules, Chain) else rules)}
         self._forget()
-        super().__init__(params, {"rule": self._coming[0].name, **self._coming[0].knobs()})
+        first = next(iter(self._known.values()))
+        super().__init__(params, {"rule": first.name, **first.knobs()})
+        register(self)
 
     def _forget(self) -> None:
         """Drop the buckets. They are a cache over ``state`` and the groups, and the next step builds them again."""
         self._buckets: list[Bucket] | None = None
+        self._planned: list[int] = []
+        self._waiting: list[Tensor] = []
         self._made: dict[int, tuple[dict[str, Any], Chain]] = {}
 
     # -- groups and state -----------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; a key that is no knob of the group's rule raises."""
-        rule = self._coming.pop(0) if len(self._coming) > 1 else self._coming[0]
+        """As torch's; a key that is no knob of the group's rule raises, and with several rules ``rule`` names one."""
+        rule = self._coming.pop(0) if self._coming else self._named(param_group.get("rule"))
         knobs = rule.knobs()
         if unknown := set(param_group) - set(knobs) - _OWN_KEYS:
             raise ValueError(f"{rule.name} has no knob {', '.join(sorted(unknown))}; its knobs: {', '.join(knobs)}")
         rule.remake({k: param_group.get(k, v) for k, v in knobs.items()})  # out of range raises here, not in a step
-        super().add_param_group({"rule": rule.name, **knobs, **param_group})
+        before, params = list(self.param_groups), param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if before and "param_names" in before[0] and params and isinstance(params[0], Tensor):
+            params = [(f"{len(before)}.{i}", p) for i, p in enumerate(params)]  # torch wants names for all or for none
+        super().add_param_group({**knobs, **param_group, "params": params, "rule": rule.name})
         group = self.param_groups[-1]
         for key in set(self.defaults) - set(knobs) - _OWN_KEYS:
             group.pop(key, None)  # torch fills in the first rule's knobs; this group has its own
-        names = group.get("param_names", [f"{len(self.param_groups) - 1}.{i}" for i in range(len(group["params"]))])
-        for name, p in zip(names, group["params"]):
-            _check(name, p, rule)
+        try:
+            _check(group, len(before), rule)
+        except (ValueError, TypeError):
+            self.param_groups[:] = before
+            raise
         self.rules.append(rule)
+        self._first_lr.append(group.get("lr", 1.0))
         self._forget()
+
+    def _named(self, name: str | None) -> Chain:
+        """The rule that a late group asks for."""
+        if name is None and len(self._known) == 1:
+            return next(iter(self._known.values()))
+        if name not in self._known:
+            plays = ", ".join(self._known)
+            raise ValueError(f"rule={name!r}: this optimizer plays {plays}; say which serves the new group")
+        return self._known[name]
 
     def rule(self, group: int) -> Chain:
         """The group's chain at the knobs it has now; made anew only when one of them changed."""
@@ -77,37 +102,50 @@ class RuleOptimizer(torch.optim.Optimizer):
             self._made[group] = (knobs, now)
         return self._made[group][1]
 
+    def chains(self) -> list[Chain]:
+        """Every group's chain at the knobs it has now."""
+        return [self.rule(i) for i in range(len(self.param_groups))]
+
     def _plan(self, chains: Sequence[Chain]) -> list[Bucket]:
         """Put every parameter into a bucket, and make ``state`` views into the buckets, keeping what it held."""
-        if self._buckets is not None and all(b.settled() for b in self._buckets):
+        if self._buckets is not None and self._stands(self._buckets):
             return self._buckets
+        made, self._waiting = dict(self._made), []
         found: dict[Any, Bucket] = {}
         for i, (group, chain) in enumerate(zip(self.param_groups, chains)):
-            names = group.get("param_names", [f"{i}.{j}" for j in range(len(group["params"]))])
-            for j, (name, p) in enumerate(zip(names, group["params"])):
-                if p.numel() == 0:
-                    continue
-                kind, shared = layout(chain.width, p.numel(), self.engine == "reference")
-                dtype = torch.float64 if self.engine == "reference" else torch.float32 if p.dtype in LOW else p.dtype
-                dtype = dtype.to_real() if dtype.is_complex else dtype
-                shape = p.shape if shared and kind != "flat" else None
-                key = (i, kind, p.dtype, p.device, shape) if shared else (i, j)
-                owner = group["owners"][j] if "owners" in group else 0
-                member = Member(p, name, owner)
-                found.setdefault(key, Bucket(i, kind, dtype, [])).members.append(member)
+            for j, (name, p) in enumerate(zip(names_of(group, i), group["params"])):
+                if not p.requires_grad and p.grad is None and p not in self.state:
+                    self._waiting.append(p)  # frozen: no state until it is thawed
+                elif p.numel():
+                    key, bucket = self._place(i, j, chain, p)
+                    owner = group["owners"][j] if "owners" in group else 0
+                    found.setdefault(key, bucket).members.append(Member(p, name, owner))
         for bucket in found.values():
             bucket.allocate(chains[bucket.group], kahan=self.rounding == "kahan")
             if self.resident and bucket.layout == "flat":
                 bucket.settle()
             for i, member in enumerate(bucket.members):
-                views = bucket.views(i)
-                for key, value in self.state.get(member.p, {}).items():
-                    if key in views:
-                        views[key].copy_(value)
-                member.t = int(bucket.steps[i]) if bucket.steps.device.type != "meta" else 0
-                self.state[member.p] = views
-        self._buckets = list(found.values())
+                self.state[member.p] = bucket.show(i, self.state.get(member.p, {}))
+        self._made, self._buckets = made, list(found.values())
+        self._planned = [id(p) for g in self.param_groups for p in g["params"]]
         return self._buckets
+
+    def _place(self, i: int, j: int, chain: Chain, p: Tensor) -> tuple[Any, Bucket]:
+        """The key and the empty bucket for parameter j of group i."""
+        kind, shared = layout(chain.width, p.numel(), self.engine == "reference")
+        dtype = torch.float64 if self.engine == "reference" else torch.float32 if p.dtype in LOW else p.dtype
+        dtype = dtype.to_real() if dtype.is_complex else dtype
+        shape = None if kind == "flat" else p.shape
+        movable = self.resident and p.is_contiguous()
+        return (i, kind, p.dtype, p.device, shape, movable) if shared else (i, j), Bucket(i, kind, dtype, [])
+
+    def _stands(self, buckets: Sequence[Bucket]) -> bool:
+        """Whether the plan still fits: users thaw, replace and move parameters, and edit the state."""
+        return (
+            not any(p.requires_grad or p.grad is not None for p in self._waiting)
+            and self._planned == [id(p) for g in self.param_groups for p in g["params"]]
+            and all(b.stands(self.state) for b in buckets)
+        )
 
     # -- the step -------------------------------------------------------------------------------------------------
 
@@ -122,7 +160,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        chains = [self.rule(i) for i in range(len(self.param_groups))]
+        chains = self.chains()
         buckets = self._plan(chains)
         contexts: dict[Any, Any] = {}
         for arm in _arms(chains):
@@ -142,14 +180,19 @@ class RuleOptimizer(torch.optim.Optimizer):
         if key not in seen:
             group = self.param_groups[work.bucket.group]
             lr = group.get("lr", 1.0)
-            initial = group.get("initial_lr", lr)
-            shared = {"t": float(work.t), "multiplier": lr / initial if initial else 0.0}
+            initial = group.get("initial_lr", self._first_lr[work.bucket.group])
+            shared = {"t": float(work.t), "multiplier": _ratio(lr, initial)}
             numbers = [
                 {**part.numbers(), **part.clock(work.t), **{k: shared[k] for k in part.reads}} for part in chain.parts
             ]
             seen[key] = (numbers, packed(numbers) if self.engine == "compiled" else None)
-        found: tuple[Numbers, Tensor | None] = seen[key]
-        return found
+        numbers, floats = seen[key]
+        if any(isinstance(x, Tensor) and x.ndim for n in numbers for x in n.values()):  # a knob for each owner model
+            numbers = [
+                {k: work.per_member(x) if isinstance(x, Tensor) and x.ndim else x for k, x in n.items()}
+                for n in numbers
+            ]
+        return numbers, floats
 
     def _in_phases(self, all_works: list[Work], chains: Sequence[Chain], contexts: dict[Any, Any]) -> None:
         """A chain with model-wide parts: every work up to such a part, one sum per owner model, then on."""
@@ -201,59 +244,49 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What deepcopy and pickle keep: everything but the buckets and kernels, which are caches."""
-        keep = ("rules", "engine", "rounding", "resident", "maximize", "_coming")
+        keep = ("rules", "engine", "rounding", "resident", "maximize", "_coming", "_known", "_first_lr")
         return {**super().__getstate__(), **{k: getattr(self, k) for k in keep}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._forget()
+        register(self)
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's own form: plain tensors under integer keys, groups with names; ``weights_only``-loadable."""
-        self._plan([self.rule(i) for i in range(len(self.param_groups))])
+        self._plan(self.chains())
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue bit for bit: types are kept as saved; names, where both sides have them, decide what goes where."""
-        saved = [dict(g) for g in state_dict["param_groups"]]
-        if len(saved) != len(self.param_groups):
-            raise ValueError(f"the checkpoint has {len(saved)} param groups, this optimizer {len(self.param_groups)}")
-        for i, (mine, theirs) in enumerate(zip(self.param_groups, saved)):
-            if theirs.get("rule", mine["rule"]) != mine["rule"]:
-                raise ValueError(
-                    f"group {i}: the checkpoint is of {theirs['rule']}, this optimizer plays {mine['rule']}"
-                )
-            saved[i] = _aligned(i, mine, theirs, self.rules[i])
-        super().load_state_dict({"state": {}, "param_groups": saved})
-        self.state.clear()
-        for mine, theirs in zip(self.param_groups, saved):
-            for p, index in zip(mine["params"], theirs["params"]):
+        """Continue bit for bit: types are kept as saved; names, where both sides have them, decide what goes where.
+
+        Nothing is changed when the checkpoint does not fit.
+        """
+        state_dict = dict(state_dict)
+        for pre in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = pre(self, state_dict) or state_dict
+        chains, mine = self.chains(), self.param_groups
+        buckets = self._plan(chains)
+        groups = aligned(mine, state_dict["param_groups"], self.rules)
+        state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+        for group, theirs in zip(mine, groups):
+            for p, index in zip(group["params"], theirs.pop("params")):
                 entry = state_dict["state"].get(index, {})
-                self.state[p] = {k: v.to(p.device, copy=True) if isinstance(v, Tensor) else v for k, v in entry.items()}
-        held = {id(p): set(s) for p, s in self.state.items()}
-        for bucket in self._plan([self.rule(i) for i in range(len(self.param_groups))]):
-            for i, m in enumerate(bucket.members):
-                views = set(bucket.views(i))
-                if held[id(m.p)] - views or (held[id(m.p)] and views - held[id(m.p)] - {"compensation"}):
-                    raise ValueError(
-                        f"{m.name}: the checkpoint holds {', '.join(sorted(held[id(m.p)]))}; "
-                        f"{self.rules[bucket.group].name} keeps {', '.join(sorted(views))}"
-                    )
+                state[p] = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in entry.items()}
+        for bucket in buckets:
+            for m in bucket.members:
+                state[m.p] = fitting(m.name, state[m.p], set(m.shown), chains[bucket.group])
+        loaded = [{**theirs, "params": group["params"]} for group, theirs in zip(mine, groups)]
+        self.__setstate__({"state": state, "param_groups": loaded})
+        self._plan(self.chains())
+        for post in self._optimizer_load_state_dict_post_hooks.values():
+            post(self)
 
 
-def _aligned(i: int, mine: dict[str, Any], theirs: dict[str, Any], rule: Chain) -> dict[str, Any]:
-    """The saved group in this optimizer's order of parameters, with this rule's knobs alone."""
-    params = list(theirs["params"])
-    if "param_names" in mine and "param_names" in theirs:
-        at = dict(zip(theirs["param_names"], params))
-        if set(at) != set(mine["param_names"]):
-            odd = sorted(set(at) ^ set(mine["param_names"]))
-            raise ValueError(f"group {i}: only one of checkpoint and optimizer has {', '.join(odd[:5])}")
-        params = [at[name] for name in mine["param_names"]]
-    elif len(params) != len(mine["params"]):
-        raise ValueError(f"group {i}: the checkpoint has {len(params)} parameters, the optimizer {len(mine['params'])}")
-    kept = {k: theirs[k] for k in (*rule.knobs(), "initial_lr") if k in theirs}
-    return {**{k: v for k, v in mine.items() if k != "params"}, **kept, "params": params}
+def names_of(group: dict[str, Any], i: int) -> list[str]:
+    """The names of a group's parameters, or their places where they came without."""
+    names: list[str] = group.get("param_names") or [f"{i}.{j}" for j in range(len(group["params"]))]
+    return names
 
 
 def _arms(chains: Sequence[Chain]) -> list[list[int]]:
@@ -264,27 +297,43 @@ def _arms(chains: Sequence[Chain]) -> list[list[int]]:
     return list(arms.values())
 
 
-def _check(name: str, p: Tensor, rule: Chain) -> None:
+def _check(group: dict[str, Any], i: int, rule: Chain) -> None:
     """Refuse, by name, what the rule cannot serve."""
-    if type(p).__name__ == "DTensor":
-        raise TypeError(f"{name} is a DTensor; etude's rules do not update sharded parameters yet")
-    if rule.width == "matrix" and (p.ndim < 2 or p.is_complex()):
-        what = "is complex" if p.is_complex() else f"has shape {tuple(p.shape)}"
-        raise ValueError(
-            f"{rule.name} is for real matrices and {name} {what}: "
-            f"give the model, or route(matrices={rule.name}(), rest=adamw())"
-        )
+    owners = group.get("owners", [])
+    if owners and len(owners) != len(group["params"]):
+        raise ValueError(f"owners: {len(owners)} for {len(group['params'])} parameters; each needs its model's index")
+    for key, value in group.items():
+        if isinstance(value, Tensor) and value.ndim and value.shape != (max(owners, default=0) + 1,):
+            raise ValueError(
+                f"{key} of shape {tuple(value.shape)}: a knob is one number, or one for each of "
+                f"{max(owners, default=0) + 1} models"
+            )
+    for name, p in zip(names_of(group, i), group["params"]):
+        if type(p).__name__ == "DTensor":
+            raise TypeError(f"{name} is a DTensor; etude's rules do not update sharded parameters yet")
+        if rule.width == "matrix" and (p.ndim < 2 or p.is_complex()):
+            what = "is complex" if p.is_complex() else f"has shape {tuple(p.shape)}"
+            raise ValueError(
+                f"{rule.name} is for real matrices and {name} {what}: "
+                f"give the model, or route(matrices={rule.name}(), rest=adamw())"
+            )
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two sets of knobs are the same; a tensor is the same only if it is that very tensor, unchanged."""
+    """Whether two sets of knobs are the same; a tensor is the same only if it is that very tensor."""
     return all(
         x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else x == y for x, y in zip(a.values(), b.values())
     )
 
 
+def _ratio(lr: Any, initial: Any) -> Any:
+    """lr / initial lr: the schedule's multiplier, 0 where it began at 0."""
+    if isinstance(lr, Tensor) or isinstance(initial, Tensor):
+        initial = torch.as_tensor(initial)
+        return torch.where(initial == 0, 0.0, lr / initial)
+    return lr / initial if initial else 0.0
+
+
 def state_bytes(buckets: Iterable[Bucket]) -> int:
     """Bytes of state in the buckets: the parts' tensors, the step counts, what rounding lost."""
-    return sum(
-        x.numel() * x.element_size() for b in buckets for entry in (*b.state, {"step": b.steps}) for x in entry.values()
-    )
+    return sum(x.nbytes for b in buckets for entry in (*b.state, {"step": b.steps}) for x in entry.values())

@@ -27,12 +27,20 @@ def run(
     """The update after the parts, and the gradient as they leave it."""
     for part, state, number in zip(parts, states, numbers):
         u = part(u, g, w, Bag(state), Bag(number))
+        if u.shape != w.shape:
+            raise ValueError(f"{part} made an update of shape {tuple(u.shape)} for weights of shape {tuple(w.shape)}")
         if part.on_gradient:
             g = u
     return u, g
 
 
 _BUILT: dict[Any, Callable[..., None]] = {}
+_CANNOT = (
+    torch._inductor.exc.InductorError,
+    torch._dynamo.exc.BackendCompilerFailed,
+    torch._dynamo.exc.FailOnRecompileLimitHit,
+)
+"""What a build that fails raises; nothing has moved then."""
 _OPTIONS: dict[str, Any] = {"size_asserts": False}  # the compiler's guards check sizes already, at every call
 
 
@@ -74,7 +82,7 @@ def _build(name: str, parts: tuple[Part, ...], keys: tuple[Any, ...], fresh: boo
     def call(*args: Tensor) -> None:
         try:
             built(*args)
-        except (torch._inductor.exc.InductorError, torch._dynamo.exc.BackendCompilerFailed) as error:
+        except _CANNOT as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise NoKernel(lines[0].strip() if lines else type(error).__name__) from None
 

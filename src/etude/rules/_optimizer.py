@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from etude._roles import ROLES
 from etude._roles import roles as read_roles
-from etude.rules._engine import RuleOptimizer, state_bytes
+from etude.rules._engine import Engine, Rounding, RuleOptimizer, names_of, state_bytes
 from etude.rules._rule import MATRICES, Chain, Route
+from etude.rules.geometry import Polar
 from etude.rules.named import adamw
 
 OPTIONS = ("roles", "inputs", "engine", "rounding", "resident", "maximize")
@@ -61,11 +62,12 @@ class Optimizer(RuleOptimizer):
         """Every parameter with its role, rule and bytes of state."""
         rows = []
         for i, group in enumerate(self.param_groups):
-            names = group.get("param_names", [f"{i}.{j}" for j in range(len(group["params"]))])
-            for name, p in zip(names, group["params"]):
-                size = state_bytes(_weighed(self.rules[i], [(name, p, "", 0)], self.engine, self.rounding))
-                lr = float(group.get("lr", 1.0))
-                rows.append(Row(name, tuple(p.shape), self._roles.get(name, "—"), group["rule"], lr, size))
+            for name, p in zip(names_of(group, i), group["params"]):
+                size = state_bytes(_weighed(self.rule(i), [(name, p, "", 0)], self.engine, self.rounding))
+                lr, role = group.get("lr", 1.0), self._roles.get(name, "—")
+                rule = group["rule"] if p.requires_grad else "frozen"
+                mean = float(lr.mean()) if isinstance(lr, Tensor) else float(lr)
+                rows.append(Row(name, tuple(p.shape), role, rule, mean, size))
         return Explanation(tuple(rows))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +115,11 @@ def _on_params(given: list[Any], rule: Chain | Route, roles: Any, options: dict[
 
 def _check_rule(rule: Any) -> None:
     if not isinstance(rule, (Chain, Route)):
-        raise TypeError(f"expected a rule such as adamw() or route(matrices=muon(), rest=adamw()), got {rule!r}")
+        raise TypeError(f"expected a rule such as adamw() or route(matrices=muon(), rest=adamw()), got {_short(rule)}")
+
+
+def _short(value: Any) -> str:
+    return repr(value) if isinstance(value, (str, int, float)) else f"a {type(value).__name__}"
 
 
 def _arms(
@@ -123,21 +129,31 @@ def _arms(
     _check_rule(rule)
     served = _route(rule)
     arms: list[Arm] = [(chain, []) for _, chain in served]
+    unclear: list[str] = []
+    owned: dict[int, int] = {}
     for owner, model in enumerate(models):
         role = read_roles(model, overrides, inputs)
         for name, p in model.named_parameters():
-            if p.requires_grad:
-                i = _serves([arm for arm, _ in served], role[name], name, tuple(p.shape))
-                full = f"{owner}.{name}" if len(models) > 1 else name
+            full = f"{owner}.{name}" if len(models) > 1 else name
+            if owned.setdefault(id(p), owner) != owner:
+                raise ValueError(f"{full} is also a parameter of model {owned[id(p)]}: a population shares none")
+            i = _serves([arm for arm, _ in served], role[name])
+            if i is not None:
                 arms[i][1].append((full, p, role[name], owner))
-    if not any(ps for _, ps in arms):
+            elif p.requires_grad:
+                unclear.append(f"{full} {tuple(p.shape)} ({role[name]})")
+    if unclear:
+        raise ValueError(
+            f"no rule for {', '.join(unclear)}: the module's type does not tell its role, or no arm serves that; "
+            f"say so with roles={{{unclear[0].split()[0]!r}: 'embedding'}} or another of {', '.join(ROLES)}"
+        )
+    thawed = [[p for _, p, _, _ in ps if p.requires_grad] for _, ps in arms]
+    if not any(thawed):
         raise ValueError(f"{type(models[0]).__name__} has no trainable parameters")
-    for (arm, _), (chain, ps) in zip(served, arms):
+    for (arm, chain), ps in zip(served, thawed):
         if not ps and arm != "rest":
-            seen = sorted(set(read_roles(models[0], overrides, inputs).values()))
-            raise ValueError(
-                f"{chain.name} serves {arm!r} and this model has no such parameter; roles here: {', '.join(seen)}"
-            )
+            seen = ", ".join(sorted(set(read_roles(models[0], overrides, inputs).values())))
+            raise ValueError(f"{chain.name} serves {arm!r} and this model has no such parameter; roles here: {seen}")
     return [(chain, ps) for chain, ps in arms if ps]
 
 
@@ -149,30 +165,34 @@ def _route(rule: Chain | Route) -> list[tuple[str, Chain]]:
         return list(rule.arms)
     if rule.width != "matrix":
         return [("all", rule)]
+    if any(isinstance(part, Polar) and part.adjust == "original" for part in rule.parts):
+        raise ValueError(
+            f"{rule.name}(adjust='original') has a learning rate in units of its own: say what serves the rest, "
+            f"route(matrices={rule.name}(…), rest=adamw(lr=…))"
+        )
     rest = adamw(lr=rule.knobs()["lr"]) if "lr" in rule.knobs() else adamw()
     return [("matrices", rule), ("rest", rest)]
 
 
-def _serves(arms: list[str], role: str, name: str, shape: tuple[int, ...]) -> int:
-    for i, arm in enumerate(arms):
-        if arm in ("all", role) or (arm == "matrices" and role in MATRICES):
-            return i
-    if role != "unknown" and "rest" in arms:
-        return arms.index("rest")
-    why = "its module's type does not tell what it is for" if role == "unknown" else f"no arm serves the role {role!r}"
-    raise ValueError(
-        f"{name} {shape}: {why}; say so with roles={{{name!r}: 'embedding'}} or another of {', '.join(ROLES)}"
-    )
+def _serves(arms: list[str], role: str) -> int | None:
+    """Which arm takes the role: its own name first, then ``matrices``, then ``rest``, which takes nothing unknown."""
+    wanted = ["all", role, *(["matrices"] if role in MATRICES else []), *(["rest"] if role != "unknown" else [])]
+    return next((arms.index(arm) for arm in wanted if arm in arms), None)
 
 
-def memory(rule: Chain | Route, model: nn.Module, *, roles: Mapping[str, str] | None = None, **options: Any) -> int:
+def memory(
+    rule: Chain | Route, model: nn.Module | Sequence[nn.Module], *, roles: Mapping[str, str] | None = None,
+    engine: Engine = "eager", rounding: Rounding = "kahan",
+) -> int:  # fmt: skip
     """Bytes of optimizer state that ``rule`` will keep for ``model``, told before anything is allocated."""
-    engine, rounding = options.get("engine", "eager"), options.get("rounding", "kahan")
-    return sum(state_bytes(_weighed(chain, ps, engine, rounding)) for chain, ps in _arms([model], rule, roles, None))
+    models = [model] if isinstance(model, nn.Module) else list(model)
+    return sum(state_bytes(_weighed(chain, ps, engine, rounding)) for chain, ps in _arms(models, rule, roles, None))
 
 
 def _weighed(chain: Chain, ps: list[tuple[str, Tensor, str, int]], engine: Any, rounding: Any) -> Any:
     """The buckets of these parameters on the meta device: the real plan, without the bytes."""
-    ghosts = [torch.empty_like(p, device="meta", requires_grad=True) for _, p, _, _ in ps]
+    ghosts = [torch.empty_like(p, device="meta", requires_grad=True) for _, p, _, _ in ps if p.requires_grad]
+    if not ghosts:
+        return []
     planned = RuleOptimizer(ghosts, chain, engine=engine, rounding=rounding)
     return planned._plan([chain])

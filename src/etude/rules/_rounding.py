@@ -1,6 +1,6 @@
-"""Stochastic rounding to a short float, with noise that depends on name, step and index alone.
+"""Weights in short floats: what rounding loses is kept (Kahan), or drawn.
 
-So a stack, a shard and a resumed run draw the same noise for the same weight.
+The noise depends on name, step and index alone, so a stack, a shard and a resumed run draw the same for one weight.
 """
 
 from __future__ import annotations
@@ -12,6 +12,16 @@ from torch import Tensor
 
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13}
 """How many of float32's mantissa bits the type drops."""
+
+
+def rest(x: Tensor, rounded: Tensor) -> Tensor:
+    """What rounding x to ``rounded`` lost, in the short type, and such that their sum rounds to ``rounded`` again.
+
+    Half a unit in the last place, itself rounded up, would tip the weight at the next step, even with lr = 0.
+    """
+    lost = (x - rounded).to(rounded.dtype)
+    tips = (rounded.to(x.dtype) + lost.to(x.dtype)).to(rounded.dtype) != rounded
+    return torch.where(tips, torch.nextafter(lost, torch.zeros_like(lost)), lost)
 
 
 def stochastic(x: Tensor, name: str, t: int, dtype: torch.dtype) -> Tensor:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -53,11 +54,15 @@ class Part:
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            value, given = getattr(self, f.name), f"{type(self).__name__}({f.name}={getattr(self, f.name)!r})"
+            if f.type in (float, "float", int, "int") and not isinstance(value, Tensor):
                 top = 1.0 if f.name.startswith(("beta", "momentum")) else math.inf
-                if not 0.0 <= value < top:
-                    raise ValueError(f"{type(self).__name__}({f.name}={value}): {f.name} must be in [0, {top})")
+                if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0.0 <= value < top:
+                    raise ValueError(f"{given}: {f.name} must be a number in [0, {top})")
+            cls: Any = type(self)
+            choices = get_args(_hints(cls)[f.name])
+            if choices and isinstance(value, str) and value not in choices:
+                raise ValueError(f"{given}: {f.name} is one of {', '.join(map(repr, choices))}")
 
     def init(self, w: Tensor) -> dict[str, Tensor]:
         """The state at step 0 for a stack w: [k, …]; zeros, on w's device."""
@@ -77,14 +82,19 @@ class Part:
 
     def numbers(self) -> dict[str, Any]:
         """Its float fields: what may change from step to step without a new kernel."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type == "float"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.type in (float, "float")}
 
     def __str__(self) -> str:
         shown = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in shown.items() if v is not False)})"
 
 
-@dataclass(frozen=True)
+@functools.cache
+def _hints(part: Any) -> dict[str, Any]:
+    return get_type_hints(part)
+
+
+@dataclass(frozen=True, repr=False)
 class Chain:
     """Parts in order; the update they end with is subtracted from the weight. Prints as the recipe it is."""
 
@@ -95,6 +105,8 @@ class Chain:
 
     def __str__(self) -> str:
         return " → ".join(map(str, self.parts))
+
+    __repr__ = __str__
 
     @property
     def name(self) -> str:
@@ -111,7 +123,7 @@ class Chain:
     def structure(self) -> tuple[Any, ...]:
         """What decides the kernel: the parts' types and every field that is not a number."""
         return tuple(
-            (type(p), *((f.name, getattr(p, f.name)) for f in dataclasses.fields(p) if f.type != "float"))
+            (type(p), *((f.name, getattr(p, f.name)) for f in dataclasses.fields(p) if f.type not in (float, "float")))
             for p in self.parts
         )
 
@@ -139,7 +151,7 @@ class Chain:
         found: dict[str, tuple[int, str]] = {}
         for i, part in enumerate(self.parts):
             for f in dataclasses.fields(part):
-                same = sum(key == f.name or key.rpartition("_")[0] == f.name for key in found)
+                same = sum(re.fullmatch(rf"{f.name}(_\d+)?", key) is not None for key in found)
                 found[f.name if not same else f"{f.name}_{same + 1}"] = (i, f.name)
         return found
 
@@ -147,14 +159,18 @@ class Chain:
 def chain(*parts: Part) -> Chain:
     """A rule of your own: the parts in order, e.g. ``chain(Ema(0.95), Polar(), Decay(0.1), Scale(2e-2))``."""
     for p in parts:
+        if isinstance(p, Chain):
+            raise TypeError(f"chain(): {p.name} is a chain; to go on from it, unpack it: chain(*{p.name}(), …)")
         if not isinstance(p, Part):
             raise TypeError(f"chain(): {p!r} is no part; a part is an instance such as Scale(1e-3)")
+        if vars(type(p)).get("__annotations__") and "__dataclass_params__" not in vars(type(p)):
+            raise TypeError(f"chain(): the part {type(p).__name__} has fields and needs @dataclass(frozen=True)")
     if not parts:
         raise ValueError("chain(): needs at least one part, e.g. Scale(1e-3)")
     return Chain(parts)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Route:
     """Which rule serves which roles: ``route(matrices=muon(), rest=adamw())``."""
 
@@ -162,6 +178,8 @@ class Route:
 
     def __str__(self) -> str:
         return "route(" + ", ".join(f"{arm}={rule.name}" for arm, rule in self.arms) + ")"
+
+    __repr__ = __str__
 
 
 MATRICES = ("hidden", "conv")
@@ -176,6 +194,13 @@ def route(**arms: Chain) -> Route:
     if not arms:
         raise ValueError("route(): needs arms, e.g. route(matrices=muon(), rest=adamw())")
     return Route(tuple(arms.items()))
+
+
+def pair(betas: Any) -> tuple[Any, Any]:
+    """Two betas, or one clear line."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"betas={betas!r}: expected two numbers, e.g. (0.9, 0.999)")
+    return betas[0], betas[1]
 
 
 def mix_(average: Tensor, x: Tensor, beta: Any) -> Tensor:

@@ -50,7 +50,7 @@ class TrustRatio(Part):
 
 @dataclass(frozen=True)
 class ClipNorm(Part):
-    """g · min(1, max_norm / ‖g‖) with one norm over all parameters of the model (Pascanu et al. 2013). Stands first."""
+    """g · min(1, max_norm / ‖g‖), one norm over a model's parameters that this chain serves (Pascanu et al. 2013)."""
 
     width: ClassVar[Width] = "model"
     on_gradient: ClassVar[bool] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,6 +60,7 @@ class Line(Schedule):
 
     def __post_init__(self) -> None:
         check_steps(self.length)
+        check_multipliers(start=self.start, end=self.end)
 
     def __call__(self, t: float) -> float:
         return self.end if t >= self.length else self.start + (self.end - self.start) * t / self.length
@@ -70,13 +72,27 @@ def check_steps(steps: int) -> None:
         raise ValueError(f"a schedule lasts a whole number of steps ≥ 1, got {steps!r}")
 
 
+def check_multipliers(**values: float) -> None:
+    """A multiplier is a finite number, not below 0: a negative learning rate would climb."""
+    for name, value in values.items():
+        if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+            raise ValueError(f"a schedule's {name} is a multiplier of lr, so a finite number ≥ 0, got {value!r}")
+
+
 def attach(opt: torch.optim.Optimizer, schedule: Callable[[int], float]) -> LRScheduler:
     """lr = c(t) · lr₀ in every group of ``opt`` from now on; call ``step()`` of what comes back after ``opt.step()``.
 
     Any function from the step to a multiplier will do. The torch scheduler that comes back saves the step, not the
     schedule: to resume, attach the same schedule and load.
     """
+    if not isinstance(opt, torch.optim.Optimizer):
+        raise TypeError(f"attach needs the optimizer first, then the schedule, got {type(opt).__name__} first")
+    made = stamp(schedule)
+    if made and made.room == "schedules" and not isinstance(schedule, Schedule):
+        raise TypeError(f"attach got {made.name} itself; call it, e.g. schedules.{made.name}(100)")
     if not callable(schedule):
         raise TypeError(f"attach needs a schedule, e.g. schedules.warmup(100), got {type(schedule).__name__}")
+    if not all("lr" in group for group in opt.param_groups):
+        raise ValueError("a schedule moves lr, which this optimizer's groups lack; end its chain with rules.Scale(lr)")
     # A function, since torch copies the fields of any other callable into the state_dict
     return LambdaLR(opt, lambda t: schedule(t))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from etude._method import method
-from etude.schedules._schedule import Line, Schedule, check_steps
+from etude.schedules._schedule import Line, Schedule, check_multipliers, check_steps
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,6 +20,7 @@ class CosineRestarts(Schedule):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        check_multipliers(end=self.end)
         if not isinstance(self.t_mult, int) or self.t_mult < 1:
             raise ValueError(f"cosine_restarts needs a whole t_mult ≥ 1, got {self.t_mult!r}")
 

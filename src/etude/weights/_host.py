@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize as P
 
+from etude._held import refuse_if_held
 from etude._method import stamp
-from etude._roles import roles
+from etude._roles import _is_transposed_linear, roles
 from etude.weights._map import Adapter, Chain, Map, Spot, bare, called, chain_at, install, own_class
 
 Route = Literal["auto", "weight", "apply"]
@@ -37,6 +40,11 @@ class Weight:
     def roots(self) -> list[nn.Parameter]:
         module, key = self.spots[0]
         return self.chain.roots() if self.chain else [cast(nn.Parameter, getattr(module, key))]
+
+    @property
+    def theta(self) -> list[nn.Parameter]:
+        """All that may train: the roots, and the maps' own."""
+        return list(self.chain.parameters()) if self.chain else self.roots
 
     def value(self) -> Tensor:
         """The weight the model sees."""
@@ -112,8 +120,9 @@ def put(
     ``on``: a role ("hidden", "conv", "head", "embedding"), a pattern of names ("*.attn.*"), or several. ``name``: what
     ``merge``, ``disable`` and the rest call it; the method's name if not given. ``route``: ``apply`` uses the map's
     activation-side twin, ``weight`` builds W, ``auto`` takes the twin wherever there is one and the layer's own forward
-    is called. Maps come before the optimizer; the groups of an ``optimizer`` made earlier are brought up to date, one
-    that is not handed in here keeps training what it holds.
+    is called. An adapter freezes the weight it stands on and nothing else; ``weights.freeze`` freezes all the rest.
+    Maps come before the optimizer; the groups of an ``optimizer`` made earlier are brought up to date, and one of etude
+    that trains what goes, and is not handed in, is an error.
     """
     if not isinstance(map, Map):
         raise TypeError(f"weights.put takes a map, such as weights.lora(r=8); got {map!r}")
@@ -125,11 +134,11 @@ def put(
     if not weights:
         raise ValueError(f"{on!r} selects no weight that {map!r} can ride on (biases and gains are left alone)")
     copies = [born(map, name, weight, route) for weight in weights]  # all that is refused is refused before a change
-    before = [weight.roots for weight in weights]
-    for weight, mine in zip(weights, copies):
-        attach(weight, mine)
-    if optimizer is not None:
-        _hand_over(optimizer, model, before, weights)
+    pairs = list(zip(weights, copies))
+    gone = [p for weight, mine in pairs if isinstance(mine, Adapter) or mine.many for p in weight.theta]
+    with following(optimizer, model, weights, gone, "weights.put"):
+        for weight, mine in pairs:
+            attach(weight, mine)
     return model
 
 
@@ -146,14 +155,34 @@ def born(pattern: Map, name: str, weight: Weight, route: Route = "auto") -> Map:
         raise ValueError(f'{where}: route="apply" needs a map with a twin, and an nn.Linear whose forward is called')
     mine = copy.deepcopy(pattern)
     mine.name, mine.twin = name, twin and route != "weight"
-    mine.axis = 1 if isinstance(weight.spots[0][0], nn.modules.conv._ConvTransposeNd) else 0
+    module, w = weight.spots[0][0], weight.value()
+    mine.axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) or _is_transposed_linear(module) else 0
     try:
-        mine.born(weight.value())
+        mine.born(w)
+        if not adapter:
+            mine.many = _goes_back(mine, w)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    if there and not adapter and isinstance(cast(Any, mine).right_inverse(weight.value()), tuple):
+    if there and mine.many:
         raise ValueError(f"{where} carries {there[-1]!r}: {pattern!r} makes several tensors and must be the first map")
     return mine
+
+
+@torch.no_grad()
+def _goes_back(map: Map, w: Tensor) -> bool:
+    """Whether ``right_inverse`` makes several tensors; where ``forward`` does not make W of them, that is an error."""
+    map = copy.deepcopy(map).eval()  # on a copy, because buffers may move
+    theta = map.right_inverse(w)
+    many = not isinstance(theta, Tensor)
+    if not map.changes and not w.is_meta:
+        again: Tensor = map(*theta) if many else map(theta)
+        gap = (again.double() - w.double()).norm() / w.double().norm() if again.shape == w.shape else math.inf
+        if gap > torch.finfo(w.dtype).eps ** (2 / 3):  # 2e-5 in float32
+            raise ValueError(
+                f"{map!r} would change the weight by {gap:.1%}: its forward(right_inverse(W)) must be W, "
+                "or its `changes` must say why it is not"
+            )
+    return many
 
 
 def attach(weight: Weight, map: Map) -> None:
@@ -161,6 +190,8 @@ def attach(weight: Weight, map: Map) -> None:
     module, key = weight.spots[0]
     w = weight.value() if weight.chain and not isinstance(map, Adapter) and not map.changes else None
     own_class(module)
+    if weight.chain:
+        weight.chain.trains = weight.chain.thawed()
     P.register_parametrization(module, key, map)
     chain = cast(Chain, weight.chain)
     if isinstance(map, Adapter):
@@ -171,6 +202,18 @@ def attach(weight: Weight, map: Map) -> None:
     install(weight.spots, chain)
 
 
+@contextmanager
+def following(
+    optimizer: torch.optim.Optimizer | None, model: nn.Module, weights: list[Weight], gone: Iterable[Tensor], what: str
+) -> Iterator[None]:
+    """Around a change of these weights: no other optimizer may train what is ``gone``, and this one is kept up."""
+    refuse_if_held(gone, what, optimizer)
+    before = [weight.theta for weight in weights]
+    yield
+    if optimizer is not None:
+        _hand_over(optimizer, model, before, weights)
+
+
 def _hand_over(
     optimizer: torch.optim.Optimizer, model: nn.Module, before: list[list[nn.Parameter]], weights: list[Weight]
 ) -> None:
@@ -179,7 +222,7 @@ def _hand_over(
     known = {id(p) for group in optimizer.param_groups for p in group["params"]}
     orphans: list[nn.Parameter] = []
     for was, weight in zip(before, weights):
-        now = [p for p in cast(Chain, weight.chain).parameters() if p.requires_grad]
+        now = [p for p in weight.theta if p.requires_grad]
         dead = {id(p) for p in was} - {id(p) for p in now}
         new = [p for p in now if id(p) not in known]
         home = next((g for g in optimizer.param_groups if any(p is q for p in g["params"] for q in was)), None)
@@ -204,34 +247,38 @@ def _hand_over(
 # -- taking away, switching, merging ----------------------------------------------------------------------------------
 
 
-def remove(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Take maps away: an adapter leaves the weight it stood on, bit for bit, a reparametrisation the weight it made."""
-    plans = list(held(model, name))
-    for weight, maps in plans:
-        _check_order(weight, [m for m in maps if not isinstance(m, Adapter)], maps)
-    for weight, maps in plans:
-        _take_off(weight, [m for m in maps if not isinstance(m, Adapter)], maps)
+def remove(model: nn.Module, name: str | None = None, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Take maps away: an adapter leaves the weight it stood on, bit for bit, a reparametrisation the weight it made.
+
+    A weight that trained before its adapter trains again, unless ``freeze`` froze it. ``optimizer``: as in ``put``.
+    """
+    plans = [(weight, [m for m in maps if not isinstance(m, Adapter)], maps) for weight, maps in held(model, name)]
+    _take(model, plans, optimizer, "weights.remove")
     return model
 
 
-def merge(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Bake the maps that are on (of this name) into the weights: plain layers again. ``unmerge`` has the originals."""
+def merge(model: nn.Module, name: str | None = None, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Bake the maps that are on (of this name) into the weights: plain layers again. ``unmerge`` has the originals.
+
+    A weight that trained before its adapter trains again, unless ``freeze`` froze it. ``optimizer``: as in ``put``.
+    """
     plans = [(weight, on) for weight, maps in held(model, name) if (on := [m for m in maps if m.on])]
     if not plans:
         raise ValueError("weights.merge takes the maps that are on, and these are all disabled; enable them first")
-    for weight, on in plans:
-        _check_order(weight, on, on)
-    for weight, on in plans:
-        chain = cast(Chain, weight.chain)
-        _take_off(weight, on, on)
+    chains = [cast(Chain, weight.chain) for weight, _ in plans]
+    _take(model, [(weight, on, on) for weight, on in plans], optimizer, "weights.merge")
+    for (weight, on), chain in zip(plans, chains):
         for module, key in weight.spots:
             first: Chain = module.__dict__.setdefault("_merged", {}).setdefault(key, chain)
         first.baked += on
     return model
 
 
-def unmerge(model: nn.Module) -> nn.Module:
-    """Undo every ``merge``: the originals come back, bit for bit; what merged weights learned since is dropped."""
+def unmerge(model: nn.Module, *, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
+    """Undo every ``merge``: the originals come back, bit for bit; what merged weights learned since is dropped.
+
+    ``optimizer``: as in ``put``.
+    """
     waiting: dict[int, tuple[Chain, list[Spot]]] = {}
     for module in model.modules():
         for key, chain in module.__dict__.get("_merged", {}).items():
@@ -239,16 +286,18 @@ def unmerge(model: nn.Module) -> nn.Module:
     if not waiting:
         raise ValueError(f"{type(model).__name__} has nothing to unmerge: weights.merge was not called on it")
     back = {which: _before_merge(chain, spots) for which, (chain, spots) in waiting.items()}
-    for which, (chain, spots) in waiting.items():
-        module, key = spots[0]
-        w = cast(Tensor, getattr(module, key))
-        while len(chain):
-            del chain[len(chain) - 1]
-        chain.extend(back[which])
-        chain.baked = []
-        install(spots, chain.to(w.device, w.dtype).train(module.training))
-        for module, _ in spots:
-            module.__dict__.pop("_merged", None)
+    weights = [Weight(spots=spots) for _, spots in waiting.values()]
+    with following(optimizer, model, weights, [p for weight in weights for p in weight.roots], "weights.unmerge"):
+        for which, (chain, spots) in waiting.items():
+            module, key = spots[0]
+            w = cast(Tensor, getattr(module, key))
+            while len(chain):
+                del chain[len(chain) - 1]
+            chain.extend(back[which])
+            chain.baked = []
+            install(spots, chain.to(w.device, w.dtype).train(module.training))
+            for module, _ in spots:
+                module.__dict__.pop("_merged", None)
     return model
 
 
@@ -271,13 +320,29 @@ def _check_order(weight: Weight, bake: list[Map], leave: list[Map]) -> None:
                 raise ValueError(f"{weight.names[0]}: {m!r} stands on {n!r} and cannot go into the weight before it")
 
 
+def _take(
+    model: nn.Module,
+    plans: list[tuple[Weight, list[Map], list[Map]]],
+    optimizer: torch.optim.Optimizer | None,
+    what: str,
+) -> None:
+    """Carry out (weight, maps to bake, maps to leave) for all weights, or, where one is refused, for none."""
+    gone: list[nn.Parameter] = []
+    for weight, bake, leave in plans:
+        _check_order(weight, bake, leave)
+        gone += [*(weight.roots if bake else []), *(p for m in leave for p in m.parameters())]
+    with following(optimizer, model, [weight for weight, _, _ in plans], gone, what):
+        for plan in plans:
+            _take_off(*plan)
+
+
 def _take_off(weight: Weight, bake: list[Map], leave: list[Map]) -> None:
     """The maps of ``leave`` go; those of them in ``bake`` go into the weight."""
     chain = cast(Chain, weight.chain)
-    rest = [m for m in chain.maps() if m not in leave]
+    rest, trains = [m for m in chain.maps() if m not in leave], chain.thawed()
     if bake or not rest:
         w = nn.Parameter(chain.still(bake).clone()) if bake else cast(nn.Parameter, chain.original)
-        w.requires_grad_(chain.trains)
+        w.requires_grad_(trains)
         bare(weight.spots, w)
         for m in rest:
             attach(weight, m)
@@ -285,8 +350,9 @@ def _take_off(weight: Weight, bake: list[Map], leave: list[Map]) -> None:
         for i in reversed(range(len(chain))):
             if chain[i] in leave:
                 del chain[i]
-        for root in chain.roots():
-            root.requires_grad_(chain.trains and not any(isinstance(m, Adapter) for m in rest))
+        if not any(isinstance(m, Adapter) for m in rest):
+            for root in chain.roots():
+                root.requires_grad_(trains)
 
 
 def enable(model: nn.Module, name: str | None = None) -> nn.Module:
@@ -307,9 +373,15 @@ def _switch(model: nn.Module, name: str | None, on: bool) -> nn.Module:
 
 
 def freeze(model: nn.Module, name: str | None = None) -> nn.Module:
-    """Freeze everything but the adapters (of this name)."""
+    """Freeze everything but the adapters (of this name): biases, norms and the head too.
+
+    What is frozen stays so, after ``merge`` and ``remove`` as well, until you call ``requires_grad_(True)`` on it.
+    """
     adapters = list(held(model, name, Adapter))
     model.requires_grad_(False)
+    for weight in weights_of(model):
+        if weight.chain:
+            weight.chain.trains = False
     for _, maps in adapters:
         for m in maps:
             m.requires_grad_(True)

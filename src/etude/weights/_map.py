@@ -24,15 +24,16 @@ Spot = tuple[nn.Module, str]
 class Map(nn.Module):
     """V → W. What a factory returns is a pattern: ``put`` copies it for every weight.
 
-    A subclass writes ``forward(*theta) -> W`` and ``right_inverse(W) -> theta`` (a tensor, or a tuple of tensors), and
-    ``born(w)`` if it must see the weight to make its buffers or to refuse it.
+    A subclass writes ``forward(*theta) -> W`` and ``right_inverse(W) -> theta`` (a tensor, or a tuple of tensors; W
+    itself if not written), and ``born(w)`` if it must see the weight to make its buffers or to refuse it.
     """
 
     changes: ClassVar[str] = ""
     """Why putting it changes a trained weight; empty for the maps that reach every weight, which change nothing."""
 
     name = ""
-    axis = 0  # of the output units; 1 in a transposed convolution
+    axis = 0  # of the output units; 1 in a transposed convolution and in Hugging Face's Conv1D
+    many = False  # whether ``right_inverse`` makes several tensors
     on = True
     twin = False  # whether ``linear`` stands in for ``forward`` where it can
 
@@ -42,6 +43,9 @@ class Map(nn.Module):
 
     def born(self, w: Tensor) -> None:
         """Called by ``put`` once, with the weight as it stands."""
+
+    def right_inverse(self, w: Tensor) -> Tensor | tuple[Tensor, ...]:
+        return w
 
     def __repr__(self) -> str:
         made = stamp(self)
@@ -69,7 +73,7 @@ class Adapter(Map):
 class Chain(P.ParametrizationList):
     """The maps of one weight; one object under every alias of a tied weight."""
 
-    trains: bool  # whether the weight trained before an adapter froze it
+    trains: bool  # whether the weight trained before an adapter froze it, and ``freeze`` has not frozen it since
     baked: list[Map]  # what ``merge`` took out, while this chain waits for ``unmerge``
 
     def roots(self) -> list[nn.Parameter]:
@@ -82,6 +86,11 @@ class Chain(P.ParametrizationList):
 
     def active(self) -> list[Map]:
         return [m for m in self.maps() if getattr(m, "on", True)]
+
+    def thawed(self) -> bool:
+        """Whether the weight trains once no adapter stands on it."""
+        kept = self.trains and any(isinstance(m, Adapter) for m in self)
+        return kept or any(p.requires_grad for p in self.roots())
 
     def forward(self) -> Tensor:
         return self.make(self.active())

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from etude._method import _METHODS, stamp
-from etude.weights._host import Weight, attach, born, held, weights_of
+from etude.weights._host import Weight, attach, born, following, held, weights_of
 from etude.weights._map import Adapter, Map
 
 FORMAT = "1"
@@ -17,7 +18,7 @@ FORMAT = "1"
 
 def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
     """Write the adapters (of this name) to ``path``, a folder or a ``.safetensors`` file; returns the file written."""
-    io, file = _safetensors(), _file(path)
+    st, file = _safetensors(), _file(path)
     entries: list[dict[str, Any]] = []
     tensors: dict[str, Tensor] = {}
     for weight, maps in held(model, name, Adapter):
@@ -33,39 +34,52 @@ def save(model: nn.Module, path: str | Path, name: str | None = None) -> Path:
             theta = m.state_dict()
             tensors |= {f"{len(entries) - 1}.{k}": t.detach().cpu().contiguous() for k, t in theta.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
-    io.save_file(tensors, file, metadata={"etude.weights": FORMAT, "maps": json.dumps(entries)})
+    st.torch.save_file(tensors, file, metadata={"etude.weights": FORMAT, "maps": json.dumps(entries)})
     return file
 
 
-def load(model: nn.Module, path: str | Path) -> nn.Module:
-    """Make the adapters of a file on a model that has none of these names; a file that does not fit changes nothing."""
-    io, file = _safetensors(), _file(path)
-    with io.safe_open(file, framework="pt") as f:
-        head = f.metadata() or {}
-        tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+def load(
+    model: nn.Module, path: str | Path, name: str | None = None, *, optimizer: torch.optim.Optimizer | None = None
+) -> nn.Module:
+    """Make the adapters of a file on a model that has none of these names; a file that does not fit changes nothing.
+
+    ``name``: what they are to be called here, if not what the file calls them. ``optimizer``: as in ``put``.
+    """
+    st, file = _safetensors(), _file(path)
+    try:
+        with st.safe_open(file, framework="pt") as f:
+            head = f.metadata() or {}
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except st.SafetensorError as error:
+        raise ValueError(f"{file} is damaged, or no safetensors file: {error}") from None
     if head.get("etude.weights") != FORMAT:
         raise ValueError(f"{file} is not a file of etude's adapters in format {FORMAT}; its header is {head}")
     weights = {n: w for w in weights_of(model) for n in w.names}
     made: list[tuple[Weight, Map]] = []
-    for i, entry in enumerate(json.loads(head["maps"])):
+    entries: list[dict[str, Any]] = json.loads(head["maps"])
+    if name is not None and len(names := sorted({entry["name"] for entry in entries})) > 1:
+        raise ValueError(f"{file} holds {', '.join(map(repr, names))}, which cannot all be called {name!r}")
+    for i, entry in enumerate(entries):
         weight = weights.get(entry["weight"])
         if weight is None:
             raise ValueError(f"{file} adapts {entry['weight']}, which {type(model).__name__} does not have")
         theta = {k.partition(".")[2]: t for k, t in tensors.items() if k.partition(".")[0] == str(i)}
-        made.append((weight, _rebuilt(entry, weight, theta)))
-    for weight, m in made:
-        attach(weight, m)
+        made.append((weight, _rebuilt(entry, name or entry["name"], weight, theta)))
+    once = list({id(weight): weight for weight, _ in made}.values())
+    with following(optimizer, model, once, [p for weight in once for p in weight.theta], "weights.load"):
+        for weight, m in made:
+            attach(weight, m)
     return model
 
 
-def _rebuilt(entry: dict[str, Any], weight: Weight, theta: dict[str, Tensor]) -> Map:
+def _rebuilt(entry: dict[str, Any], name: str, weight: Weight, theta: dict[str, Tensor]) -> Map:
     method = _METHODS.get((entry["room"], entry["method"]))
     if method is None:
         raise ValueError(
             f"the file holds {entry['room']}.{entry['method']}, which is not known here; import its module"
         )
     knobs = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["knobs"].items()}
-    mine = born(method.fn(**knobs), entry["name"], weight)
+    mine = born(method.fn(**knobs), name, weight)
     try:
         mine.load_state_dict(theta)
     except RuntimeError as error:
@@ -77,6 +91,8 @@ def _rebuilt(entry: dict[str, Any], weight: Weight, theta: dict[str, Tensor]) ->
 
 def _file(path: str | Path) -> Path:
     path = Path(path)
+    if path.suffix not in ("", ".safetensors") and not path.is_dir():
+        raise ValueError(f"adapters are kept in a folder (no suffix) or in a .safetensors file; got {path}")
     return path if path.suffix == ".safetensors" else path / "adapter.safetensors"
 
 
@@ -85,4 +101,4 @@ def _safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError("weights.save and weights.load need safetensors: pip install safetensors") from error
-    return safetensors.torch
+    return safetensors

@@ -90,9 +90,6 @@ class WeightStandardization(Map):
         var, mean = torch.var_mean(w, _others(w, self.axis), correction=self.correction, keepdim=True)
         return (w - mean) * (var + self.eps).rsqrt()
 
-    def right_inverse(self, w: Tensor) -> Tensor:
-        return w
-
 
 @method(
     "Salimans and Kingma 2016, Weight Normalization: A Simple Reparameterization to Accelerate Training of Deep Neural "
@@ -119,6 +116,7 @@ def spectral_norm(n_power_iterations: int = 1) -> Map:
 def weight_standardization(eps: float = 1e-6, correction: int = 0) -> Map:
     """W = (V − mean) / √(var + eps) over the fan-in of each output unit.
 
+    For small batches, of one or two images, beside batch-channel or group normalisation.
     The paper's variance divides by the fan-in (``correction=0``); the authors' code divides by one less, with eps 1e-5.
     """
     return WeightStandardization(eps, correction)
