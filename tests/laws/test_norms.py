@@ -383,6 +383,13 @@ def test_swap_knows_a_norm_of_another_library_by_what_it_computes(layer, twin):
     torch.testing.assert_close(model(x), want, rtol=1e-3, atol=1e-3)
 
 
+def test_swap_tells_norms_apart_whose_weight_is_zero():
+    layer = TheirNorm(6, center=True)
+    nn.init.zeros_(layer.weight)
+    model = nn.Sequential(layer)
+    assert norms.swap(model, partial(norms.rms_norm, eps=1e-6)) == ["0"]
+
+
 @pytest.mark.parametrize(
     "layer", [TheirNorm(6, shift=1.0), TheirNorm(1, shift=1.0), TheirScale(6), GatedNorm(6), ShiftedLayerNorm(6)]
 )

@@ -298,7 +298,7 @@ def trained(opt):
 
 @every_map
 def test_what_an_optimizer_of_ours_trains_does_not_leave_the_model_behind_its_back(make):
-    """Put, merge, unmerge and remove refuse, change nothing, and keep up the optimizer that is handed in."""
+    """Put refuses and changes nothing; after merge and remove the optimizer's next step refuses; one handed in is kept up."""
     model = mlp().eval()
     opt = rules.optimizer(model, rules.adamw())
 
@@ -311,6 +311,12 @@ def test_what_an_optimizer_of_ours_trains_does_not_leave_the_model_behind_its_ba
     def kept_up(act, *args):
         act(model, *args, optimizer=opt)
         assert trained(opt) == {id(p) for p in model.parameters() if p.requires_grad}
+        opt.step()
+
+    def stops(act):
+        act(model)
+        with pytest.raises(RuntimeError, match=f"weights.{act.__name__} took a parameter out"):
+            opt.step()
 
     other = mlp()  # which nobody trains
     w = other[0].weight
@@ -318,14 +324,26 @@ def test_what_an_optimizer_of_ours_trains_does_not_leave_the_model_behind_its_ba
     if not any(p is w and p.requires_grad for p in other.parameters()):
         refused(weights.put, make())
     kept_up(weights.put, make())
-    refused(weights.merge)
+    stops(weights.merge)
+    weights.unmerge(model)
+    opt.step()  # what it trains is back
     kept_up(weights.merge)
-    refused(weights.unmerge)
+    stops(weights.unmerge)
+    weights.merge(model, optimizer=opt)
+    opt = rules.optimizer(model, rules.adamw())
     kept_up(weights.unmerge)
     if isinstance(make(), weights.Adapter):
         refused(weights.put, weights.lora(r=2), "hidden", "second")
-    refused(weights.remove)
     kept_up(weights.remove)
+    weights.put(model, make(), optimizer=opt)
+    stops(weights.remove)
+
+
+def test_a_route_takes_no_maps_later():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    opt = rules.optimizer(model, rules.muon())
+    with pytest.raises(ValueError, match="sends parameters to several rules by role; make it after the maps"):
+        weights.put(model, weights.weight_norm(), optimizer=opt)
 
 
 def test_an_optimizer_that_is_gone_holds_nothing():
@@ -403,6 +421,13 @@ def test_a_second_reparametrisation_changes_nothing_either():
     model = weights.put(mlp(), weights.weight_norm())
     y = model(X)
     torch.testing.assert_close(weights.put(model, Double())(X), y)
+
+
+@every_reparametrisation
+@pytest.mark.parametrize("act", [weights.merge, weights.remove])
+def test_a_weight_frozen_by_hand_under_a_reparametrisation_stays_frozen(act, make):
+    model = weights.put(mlp(), make()).requires_grad_(False)
+    assert not any(p.requires_grad for p in act(model).parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

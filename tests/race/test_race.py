@@ -14,6 +14,7 @@ from etude.race import _run as running
 from etude.race._cli import race_command
 from etude.race.loop import train
 from etude.race.pool import Pool, cell_request, cores, outcome_of
+from etude.race.report import to_json
 from etude.race.store import FILE, Ledger
 from etude.race.tasks import find_task
 
@@ -67,6 +68,7 @@ def test_every_contender_is_tuned_with_the_same_budget_and_seeds(raced):
 def test_the_report_and_the_result_lie_beside_the_ledger(raced):
     assert raced.folder.name.startswith("tiny-")
     assert {p.name for p in raced.folder.iterdir()} == {FILE, "report.html", "result.json"}
+    assert raced.report == raced.folder / "report.html"
     assert "sgd(momentum=0.9)" in (raced.folder / "report.html").read_text(encoding="utf-8")
     json.loads((raced.folder / "result.json").read_text(encoding="utf-8"))
 
@@ -92,9 +94,27 @@ def test_the_order_in_which_runs_finish_does_not_matter(raced, tmp_path):
     assert [(s.word, s.lr, s.values) for s in two.standings] == [(s.word, s.lr, s.values) for s in raced.standings]
 
 
+def test_another_set_of_contenders_has_its_own_report_and_its_own_looks(raced):
+    before = raced.report.read_text(encoding="utf-8")
+    asked = {"folder": raced.folder, "seeds": 7, "workers": 1, "quiet": True}
+    other = etude.race(str(TINY), ["adamw", "sgd(momentum=0.5)"], **asked)
+    assert other.looks == ()
+    assert other.folder == raced.folder
+    assert re.fullmatch(r"report-\w{8}\.html", other.report.name)
+    assert "sgd(momentum=0.5)" in other.report.read_text(encoding="utf-8")
+    assert raced.report.read_text(encoding="utf-8") == before
+    assert (raced.folder / other.report.name.replace("report", "result")).with_suffix(".json").is_file()
+    again = etude.race(str(TINY), ["adamw", "sgd(momentum=0.9)"], **{**asked, "seeds": 6})
+    assert (again.looks, again.report) == ((), raced.report)
+
+
 def test_more_seeds_extend_a_race_and_say_that_it_was_judged_before(raced, capsys):
-    more = running.resume(raced.folder, seeds=8, workers=1)
-    assert "judged before, at 6 seeds" in capsys.readouterr().err
+    more = running.resume(raced.folder, seeds=8, workers=1, quiet=True)
+    assert (more.looks, more.report) == ((6,), raced.report)
+    running.show(more)
+    assert "Judged before at 6 seeds: p-values are of a single look." in " ".join(capsys.readouterr().out.split())
+    assert "Judged before at 6 seeds" in more.report.read_text(encoding="utf-8")
+    assert to_json(more)["looks"] == [6]
     kept = [
         o
         for o in more.outcomes
@@ -123,22 +143,29 @@ def test_a_plan_is_said_before_the_first_run(raced, capsys):
             running._Course = kept
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(
-        r"plan tiny: 2 contenders × \(13 tuning \+ \d+ final\) \+ \d+ A/A = \d+ runs · 24 steps each", said
+        r"plan tiny: 2 contenders × \(up to 13 tuning \+ \d+ final\) \+ \d+ A/A = up to \d+ runs · 24 steps each", said
     )
     assert re.search(r"about \d\d:\d\d on \d+ worker", said)
     assert re.search(r"sees differences ≥ \d+(\.\d+)? sd of a seed \(80 % power\)", said)
-    assert "sgd(momentum=0.9) lr 3.2e-05 … 0.001 … 0.032" in said
+    assert "adamw lr 3.2e-05 … 0.001 … 0.032" in said
 
 
 def test_contenders_that_raise_or_diverge_are_recorded_with_their_reason_and_the_race_goes_on(tmp_path):
-    contenders = ["adamw", "adamw + dyt", "sgd(lr=1e20)"]
+    exploding = "sgd(weight_decay=1e+30)"
+    contenders = ["adamw", "adamw + dyt", exploding]
     result = etude.race(f"{TINY}:late_fault", contenders, folder=tmp_path, workers=1, **QUICK)
     assert [s.word for s in result.standings] == ["baseline", "failed", "failed"]
     assert [len(s.failures) for s in result.standings] == [0, 6, 6]
-    raised, exploded = ([o for o in result.outcomes if o.cell.contender == c] for c in ("adamw + dyt", "sgd"))
+    raised, exploded = ([o for o in result.outcomes if o.cell.contender == c] for c in ("adamw + dyt", exploding))
     assert {o.reason for o in raised} == {"raised RuntimeError: no LayerNorm here"}
     assert all(re.fullmatch(r"diverged at step 3: loss is (nan|inf)", o.reason) for o in exploded)
     assert all(o.metric is None and o.step_seconds > 0 for o in [*raised, *exploded])
+
+
+def test_what_acts_late_in_the_schedule_is_no_no_op(tmp_path):
+    contenders = ["adamw", "adamw + swa(start=22)"]  # a probe's 20 steps do not see it
+    result = etude.race(str(TINY), contenders, folder=tmp_path, workers=1, **QUICK)
+    assert result.standings[1].values != result.standings[0].values
 
 
 def test_a_killed_worker_is_one_failed_cell_and_what_a_task_prints_is_no_answer():
@@ -158,6 +185,11 @@ def test_a_killed_worker_is_one_failed_cell_and_what_a_task_prints_is_no_answer(
         ({"contenders": ["adamw", "lionn"]}, "no method 'lionn'"),
         ({"seeds": 5}, "6 to 1000 final seeds"),
         ({"steps": 0}, "at least one step"),
+        ({"steps": "a"}, "steps='a': this is not a whole number"),
+        ({"seeds": 6.0}, "seeds=6.0: this is not a whole number"),
+        ({"contenders": "adamw"}, "contenders are a list"),
+        ({"contenders": ["adamw", "lion(lr=0)"]}, "cannot centre a grid"),
+        ({"task": 5}, "this is 5"),
         ({"workers": 4096}, "this machine gives"),
         ({"device": "abacus"}, "device 'abacus'"),
         ({"seed": -1}, "0 or more"),
@@ -187,7 +219,7 @@ def test_the_command_says_what_is_wrong_in_one_line_and_returns_2(tmp_path, caps
     assert race_command("digts", ["adamw", "lion"], folder=tmp_path / "runs") == 2
     assert race_command(None, None, folder=tmp_path / "runs") == 2
     assert race_command(str(TINY), ["adamw", "lion"], quick=True, seeds=7, folder=tmp_path / "runs") == 2
-    assert race_command(continue_=tmp_path / "nowhere") == 1
+    assert race_command(continue_=tmp_path / "nowhere") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert all(line.startswith("etude: ") for line in lines)
@@ -196,6 +228,9 @@ def test_the_command_says_what_is_wrong_in_one_line_and_returns_2(tmp_path, caps
 
 def test_the_command_prints_the_table_or_json(raced, capsys, no_worker):
     assert race_command(continue_=raced.folder) == 0
-    assert "no difference, as it should be" in " ".join(capsys.readouterr().out.split())
+    said = capsys.readouterr().out
+    assert "no difference, as it should be" in " ".join(said.split())
+    folder = raced.folder
+    assert said.splitlines()[-1] == (f"report: {folder}/report.html   resume or extend: etude race --continue {folder}")
     assert race_command(continue_=raced.folder, as_json=True) == 0
     assert "standings" in json.loads(capsys.readouterr().out)

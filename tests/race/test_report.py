@@ -132,7 +132,7 @@ def test_the_table_holds_every_word_and_interval_uncut(result, width):
     for word in {s.word for s in result.standings} - {"no significant difference"}:
         assert word in words
     open_ = sum(s.word == "no significant difference" for s in result.standings)
-    assert shown.count("no significant") == open_ > 0
+    assert len(re.findall(r"\bsignificant\b", shown)) == open_ > 0
     assert len(re.findall(r"difference(?!s|,)", shown)) == open_
     assert verdict.SAME in words
 
@@ -141,9 +141,97 @@ def test_r8_the_table_tells_what_was_visible_what_is_open_and_what_failed(result
     words = " ".join(printed(result, 120).split())
     assert "This race could see differences of" in words
     undecided = next(s for s in result.standings if s.more)
-    assert f"{undecided.contender}: {undecided.more:,} more seeds" in words
+    assert f"bout {undecided.more:,} more seeds would probably decide {undecided.contender} (" in words
     failed = next(s for s in result.standings if s.word == "failed")
     assert f"{failed.contender}: {len(failed.failures)} of 10 final runs failed (diverged at step" in words
+
+
+@pytest.mark.parametrize(
+    ("more", "shown"),
+    [
+        ({"lion": 990}, "About 990 more seeds would probably decide lion (11.1 min)"),
+        ({"lion": 1}, "About 1 more seed would probably decide lion (673 ms)"),
+        ({"lion": 991}, "No number of seeds this race allows would decide lion"),
+        ({"lion": None}, "No number of seeds this race allows would decide lion"),
+        (
+            {"lion": 2, "muon": 3, "prodigy": None},
+            "About 3 more seeds would probably decide muon (2.02 s), about 2 lion (1.35 s); "
+            "no number of seeds this race allows would decide prodigy",
+        ),
+    ],
+)
+def test_r8_what_more_seeds_cost_is_all_that_would_run_again_over_the_workers(result, more, shown):
+    seconds = dict.fromkeys(CONTENDERS, 0.1) | {"adamw": 0.423}  # 5 · 0.1 + 2 · 0.423, for the control runs again too
+    plan = replace(result.plan, workers=2, seconds_per_run=seconds)
+
+    def undecided(s):
+        word = "no significant difference" if s.contender in more else "worse"
+        return replace(s, word=word, more=more.get(s.contender))
+
+    base, *others = result.standings
+    assert _text._open(replace(result, plan=plan, standings=(base, *map(undecided, others)))) == shown
+
+
+def test_more_seeds_are_not_offered_where_they_would_mend_nothing(result):
+    base, other = (replace(s, failures=()) for s in result.standings[:2])
+    other = replace(other, word="no significant difference", more=5)
+    for broken in (replace(other, failures=("…",)), replace(other, difference=0.0), replace(other, word="better")):
+        assert _text._open(replace(result, standings=(base, other))) != ""
+        assert _text._open(replace(result, standings=(base, broken))) == ""
+
+
+def test_r13_without_test_data_it_is_said_that_tuning_and_verdict_share_the_validation_data(result):
+    said = "learning rates and verdict are taken on the same validation data"
+    shared = replace(result, plan=replace(result.plan, metric="validation error"))
+    assert [sum(said in line for _, line in _text.notes(r)) for r in (result, shared)] == [0, 1]
+
+
+def test_earlier_looks_are_noted(result):
+    lines = [line for _, line in _text.notes(replace(result, looks=(6, 8)))]
+    assert "Judged before at 6 and 8 seeds: p-values are of a single look." in lines
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_names_break_only_after_spaces_commas_and_parentheses(result, width):
+    long = "sgd(momentum=0.9, nesterov=True) + zero_init"
+    renamed = {"sgd(momentum=0.9)": long}
+
+    def rename(s):
+        return replace(s, contender=renamed.get(s.contender, s.contender))
+
+    plan = replace(result.plan, contenders=tuple(renamed.get(c, c) for c in result.plan.contenders))
+    shown = printed(replace(result, plan=plan, standings=tuple(map(rename, result.standings))), width)
+    assert max(map(len, shown.splitlines())) <= width
+    rows = shown.split("A/A control")[0]
+    for part in ("sgd(", "momentum=0.9,", "nesterov=True)", "zero_init"):
+        assert part in rows
+    assert (f"{long} " in rows) == (width == 200)
+    assert _text.folded("sgd(weight_decay=0.001)", 14) == "sgd(\nweight_decay=\n0.001)"
+
+
+def test_a_contender_of_which_every_run_failed_has_a_dash_for_its_learning_rate(result, tmp_path):
+    odd = everything_failed(result)
+    assert all(report._line(odd, s).lr == "–" for s in odd.standings)
+    assert "at the edge" not in printed(odd, 120)
+    report.write_html(odd, tmp_path / "odd.html")
+    assert "lr –</small>" in (tmp_path / "odd.html").read_text(encoding="utf-8")
+
+
+def test_what_is_taken_on_validation_data_is_called_so_where_the_verdict_is_on_test_data(page):
+    assert "<h3>validation error, by step</h3>" in page
+    assert "adamw: validation error by learning rate" in page
+    assert "first stands at adamw's median final validation error" in page
+    assert not re.search(r"test error(, by| by (learning|step|second))", page)
+
+
+def test_r12_the_target_of_a_curve_is_taken_on_the_data_of_the_curve(result):
+    """With test data apart, metrics far from the curves change nothing about who reaches what."""
+    far = tuple(replace(o, metric=o.metric and o.metric + 100) for o in result.outcomes)
+    standings, aa = verdict.judge(result.plan, far)
+    moved = replace(result, standings=standings, aa=aa, outcomes=far)
+    for s, t in zip(result.standings, standings):
+        assert report._reach(result, s) == report._reach(moved, t)
+    assert sum(r is not None for r in report._reach(moved, standings[0])) == 5
 
 
 def test_the_page_loads_nothing(page):
@@ -208,6 +296,15 @@ def test_a_bar_beyond_the_axis_is_cut_and_carries_an_arrow(result):
     assert bar["outside"]
     assert bar["arrows"] == [(span[1], "▶")]
     assert bar["low"] == bar["high"] == span[1]
+    assert bar["blow"] is None
+    others[0] = replace(others[0], difference_interval=(0.0, 0.0), bootstrap_interval=(-1.0, 0.0))
+    bar = _forest._bar(0, others[0], base, span)
+    assert (bar["blow"], bar["bhigh"]) == (span[0], 0.0)
+    assert (bar["thin"], bar["arrows"]) == ([(span[0], "◀")], [])
+
+
+def test_the_forest_says_that_its_intervals_are_before_holm(page):
+    assert "intervals before Holm's adjustment" in page
 
 
 def test_r12_time_to_target_counts_runs_that_never_arrive_as_infinitely_late(result):

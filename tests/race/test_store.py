@@ -6,7 +6,7 @@ import sqlite3
 
 import pytest
 
-from etude.race import Cell, Outcome, RaceError
+from etude.race import Cell, InputError, Outcome, RaceError
 from etude.race.store import FILE, Ledger, difference, read_fact
 
 LOCK = {"task": "tiny", "data": "d" * 64, "steps": 24}
@@ -84,7 +84,7 @@ def test_facts_are_kept_beside_the_cells(tmp_path):
         ledger.set_fact("asked", {"seeds": 20})
     assert read_fact(tmp_path, "asked") == {"seeds": 20}
     assert read_fact(tmp_path, "nothing") is None
-    with pytest.raises(RaceError, match="no ledger in"):
+    with pytest.raises(InputError, match="no race in"):
         read_fact(tmp_path / "elsewhere", "asked")
 
 

@@ -1,5 +1,8 @@
 """A task: its data order, its metric, its hash, how it is found; and the plain loop on it."""
 
+import collections
+import copy
+import functools
 import itertools
 import math
 import shutil
@@ -8,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from etude.race import Cell, InputError, Task, loop
 from etude.race.plan import entries, entry, grid, open_task, seeds_of
-from etude.race.tasks import builtin, find_task
+from etude.race.task import to_device
+from etude.race.tasks import Found, builtin, find_task
 
 HERE = Path(__file__).parent
 EXAMPLE = HERE.parents[1] / "docs" / "my_task.py"
@@ -25,6 +30,10 @@ def a_task(**more):
 
 def tiny(name):
     return find_task(f"{HERE / 'tiny.py'}:{name}").factory
+
+
+def found(factory):
+    return Found("mine", "mine", factory, "")
 
 
 def stream(task, seed, n=6):
@@ -82,11 +91,95 @@ def test_the_data_hash_sees_every_value(part):
 
 
 @pytest.mark.parametrize(
-    "more, said", [({"steps": 0}, "steps ≥ 1"), ({"train": (X, Y[:3])}, "10 inputs and 3 targets")]
+    "more, said",
+    [
+        ({"steps": 0}, "steps ≥ 1"),
+        ({"train": (X, Y[:3])}, "10 inputs and 3 targets"),
+        ({"train": (X[:0], Y[:0])}, "train holds no example"),
+        ({"train": DataLoader(TensorDataset(X, Y))}, "train is a pair of tensors .*; this is a DataLoader"),
+        ({"train": (X.numpy(), Y.numpy())}, "train is a pair of tensors .*; this is a tuple of ndarray, ndarray"),
+        ({"valid": [X, Y]}, r"valid is one batch, the tuple \(inputs, targets\).*; this is a list of Tensor, Tensor"),
+        ({"valid": TensorDataset(X, Y)}, "valid is one batch.*; this is a TensorDataset"),
+        ({"test": (X, Y, Y)}, "test is one batch.*; this is a tuple of Tensor, Tensor, Tensor"),
+        ({"valid": ((X, Y) for _ in range(2))}, "valid is a one-shot iterator"),
+        ({"test": iter([(X, Y)])}, "test is a one-shot iterator"),
+        ({"minimize": False}, "minimize=False needs a metric"),
+    ],
 )
 def test_a_task_that_makes_no_sense_is_refused(more, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, TypeError), match=said) as caught:
         a_task(**more)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["valid", "test"])
+@pytest.mark.parametrize("empty", [(X[:0], Y[:0]), [], [(X[:0], Y[:0])], DataLoader([])])
+def test_held_out_data_without_an_example_are_refused(part, empty):
+    with pytest.raises(InputError, match="hold no example"):
+        open_task(found(lambda seed: a_task(**{part: empty})), 0)
+
+
+def test_a_model_that_has_no_weights_yet_is_refused_until_it_has_seen_a_batch():
+    lazy = nn.LazyLinear(1)
+    with pytest.raises(ValueError, match="lazy layers"):
+        Task(lazy, (X, Y), (X, Y), nn.functional.mse_loss, 5)
+    lazy(X)
+    Task(lazy, (X, Y), (X, Y), nn.functional.mse_loss, 5)
+
+
+def test_held_out_data_may_be_whatever_can_be_read_again():
+    def factory(seed, shift=0.0):
+        return a_task(valid=DataLoader(TensorDataset(X, Y + shift), 3))
+
+    task = open_task(found(factory), 0)
+    pair = a_task()
+    assert task.measure(task.model, task.valid) == pytest.approx(pair.measure(task.model, pair.valid))
+    assert task.data_hash() == factory(1).data_hash() != factory(0, 1e-6).data_hash()
+
+
+def test_a_metric_may_be_a_plain_number():
+    task = a_task(metric=lambda out, y: y.mean().item())
+    assert task.measure(task.model, task.valid) == pytest.approx(4.5)
+
+
+def test_a_namedtuple_moves_as_one():
+    Two = collections.namedtuple("Two", "ids mask")
+    moved = to_device({"x": Two(X, [Y, 3])}, "meta")["x"]
+    assert type(moved) is Two
+    assert moved.ids.is_meta
+    assert moved.mask[0].is_meta
+    assert moved.mask[1] == 3
+
+
+NET = nn.Linear(1, 1)
+
+
+def with_model(model):
+    return Task(model, (X, Y), (X, Y), nn.functional.mse_loss, 5)
+
+
+def sharing_storage(seed):
+    net = nn.Linear(1, 1)
+    net.load_state_dict(NET.state_dict(), assign=True)
+    return with_model(net)
+
+
+@pytest.mark.parametrize(
+    "factory",
+    [
+        lambda seed: with_model(NET),
+        lambda seed: with_model(nn.Sequential(nn.Linear(1, 1), NET)),
+        sharing_storage,
+        functools.cache(lambda seed: with_model(nn.Linear(1, 1))),
+    ],
+)
+def test_a_factory_that_returns_the_same_weights_twice_is_refused(factory):
+    with pytest.raises(InputError, match=r"the same model twice; build it, or copy.deepcopy it, inside the factory"):
+        open_task(found(factory), 0)
+
+
+def test_a_copy_of_one_pretrained_model_in_every_run_is_fine():
+    assert open_task(found(lambda seed: with_model(copy.deepcopy(NET))), 0).steps == 5
 
 
 def test_digits_keep_their_classes_in_every_part_and_share_no_example():
@@ -138,8 +231,11 @@ def test_a_task_may_import_what_stands_beside_it(tmp_path):
 def test_a_factory_is_found_by_its_file_and_a_lambda_is_refused():
     factory = tiny("task")
     assert find_task(factory).ref == f"{HERE / 'tiny.py'}:task"
-    with pytest.raises(InputError, match="top-level function in a file"):
-        find_task(lambda seed: None)
+    for other in (lambda seed: None, functools.partial(factory), functools.cache(factory), Task):
+        with pytest.raises(InputError, match="top-level function in a file"):
+            find_task(other)
+    with pytest.raises(InputError, match="this is 5"):
+        find_task(5)
 
 
 def test_a_task_file_that_races_when_imported_is_refused(tmp_path):
@@ -175,6 +271,10 @@ def test_a_contender_is_its_canonical_text_without_lr():
         (["adamw", "adamw(lr=0.1)"], "stands twice"),
         (["adamw"], "at least one other"),
         (["adamw", "dyt"], "names no rule"),
+        ("adamw", "contenders are a list of recipes.*this is 'adamw'"),
+        (["adamw", 3], "contenders are a list of recipes"),
+        (["adamw", "lion(lr=0)"], "its lr, 0, cannot centre a grid"),
+        (["adamw", "sgd(lr=1e20)"], "its lr, 1e.20, cannot centre a grid"),
     ],
 )
 def test_a_contender_that_cannot_race_is_refused(asked, said):
@@ -263,6 +363,15 @@ def test_a_probe_tells_a_no_op_from_a_change():
         loop.probe(tiny("task"), c, lr=0.01, steps=24)["digest"] for c in ("adamw", "adamw(weight_decay=0.5)")
     )
     assert loop.probe(tiny("task"), "adamw", lr=0.01, steps=24)["digest"] == same != other
+
+
+def test_a_probe_of_the_whole_schedule_sees_what_acts_late():
+    late, plain = "adamw + swa(start=22)", "adamw"
+    few = [loop.probe(tiny("task"), c, lr=0.01, steps=24)["digest"] for c in (plain, late)]
+    whole = [loop.probe(tiny("task"), c, lr=0.01, steps=24, whole=True)["digest"] for c in (plain, late)]
+    assert few[0] == few[1]
+    assert len({*few, *whole}) == 3
+    assert loop.probe(tiny("task"), "sgd", lr=1e30, steps=24)["digest"] == ""  # nan is like nan
 
 
 def test_a_recipe_that_finds_nothing_on_this_model_is_refused():

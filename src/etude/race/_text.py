@@ -88,9 +88,11 @@ def watched(plan: Plan) -> str:
 
 
 def folded(name: str, width: int) -> str:
-    """A contender's name in lines of at most ``width`` where it can be: broken after spaces, commas, parentheses."""
-    lines = [""]
-    for part in re.findall(r"[^\s,(]*[\s,(]*", name):
+    """A contender's name in lines of at most ``width``: broken after a space, comma or parenthesis, else after ``=``."""
+    lines, parts = [""], re.findall(r"[^\s,(]*[\s,(]*", name)
+    for part in [
+        p for whole in parts for p in ([whole] if len(whole.rstrip()) <= width else re.split("(?<==)", whole))
+    ]:
         if lines[-1] and len((lines[-1] + part).rstrip()) > width:
             lines.append("")
         lines[-1] += part

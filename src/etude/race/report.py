@@ -80,14 +80,15 @@ class Sheet:
         base = self.result.plan.baseline
         grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="dim")
         grid.add_column("contender", overflow="fold")
-        grid.add_column(f"{self.result.plan.metric.replace(' ', fold, 1)}{fold}[95 %]", no_wrap=True)
+        metric = self.result.plan.metric
+        grid.add_column(f"{metric.replace(' ', fold, len(metric) > 16)}{fold}[95 %]", no_wrap=True)
         grid.add_column(f"against{fold}{base if len(base) < 12 else 'baseline'}", no_wrap=True)
         grid.add_column("verdict", no_wrap=True)
         for name in ("step", "state", "lr"):
             grid.add_column(name, justify="right", no_wrap=True)
         for line in lines:
             metric, against = (cell.replace(" [", f"{fold}[") for cell in (line.metric, line.against))
-            word = Text(line.word.replace("significant ", f"significant{fold}"), style=STYLES.get(line.word, ""))
+            word = Text(line.word.replace(" ", fold), style=STYLES.get(line.word, ""))
             grid.add_row(
                 Text(_text.folded(line.contender, width)),
                 Text(metric),

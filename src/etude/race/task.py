@@ -24,8 +24,8 @@ class Task:
     generator. ``valid``: one (input, target) pair, or a list or DataLoader of batches. ``test``: likewise; when given,
     the learning rate is chosen on ``valid`` and the verdict is taken on ``test``. ``loss``: (output, target) → one
     value per example or their mean. ``metric``: likewise, averaged over the data; the loss when not given. ``name``
-    names the metric, ``minimize`` says whether less is better. ``steps``: length of the full schedule. ``roles``: parameter
-    name → role, where the model's own layers do not say it.
+    names the metric, ``minimize`` says whether less is better. ``steps``: length of the full schedule. ``roles``:
+    parameter name → role, where the model's own layers do not say it.
     """
 
     model: nn.Module

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor
 
-from etude._held import register
+from etude._held import refuse_orphans, register
 from etude.rules._bucket import LOW, Bucket, Member, Work, layout, totals, works
 from etude.rules._checkpoint import aligned, fitting
 from etude.rules._kernel import NoKernel, Numbers, compiled, packed, run
@@ -160,6 +160,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_orphans(self)
         chains = self.chains()
         buckets = self._plan(chains)
         contexts: dict[Any, Any] = {}

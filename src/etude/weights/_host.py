@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize as P
 
-from etude._held import refuse_if_held
+from etude._held import orphan, refuse_if_held, returned
 from etude._method import stamp
 from etude._roles import _is_transposed_linear, roles
 from etude.weights._map import Adapter, Chain, Map, Spot, bare, called, chain_at, install, own_class
@@ -206,10 +206,19 @@ def attach(weight: Weight, map: Map) -> None:
 def following(
     optimizer: torch.optim.Optimizer | None, model: nn.Module, weights: list[Weight], gone: Iterable[Tensor], what: str
 ) -> Iterator[None]:
-    """Around a change of these weights: no other optimizer may train what is ``gone``, and this one is kept up."""
-    refuse_if_held(gone, what, optimizer)
+    """Around a change of these weights: this optimizer is kept up, and no other may go on to train what is ``gone``.
+
+    What adds a map is refused at once; taking one off mostly ends a training, and only a further step is refused.
+    """
+    if optimizer is not None and len({group.get("rule") for group in optimizer.param_groups}) > 1:
+        raise ValueError(f"{what}: this optimizer sends parameters to several rules by role; make it after the maps")
+    gone = list(gone)
+    if what in ("weights.put", "weights.load"):
+        refuse_if_held(gone, what, optimizer)
     before = [weight.theta for weight in weights]
     yield
+    orphan(gone, what, optimizer)
+    returned(p for weight in weights for p in weight.theta)
     if optimizer is not None:
         _hand_over(optimizer, model, before, weights)
 
