@@ -168,6 +168,15 @@ def test_what_acts_late_in_the_schedule_is_no_no_op(tmp_path):
     assert result.standings[1].values != result.standings[0].values
 
 
+def test_a_worker_that_cannot_be_started_ends_the_race_in_one_line(tmp_path, monkeypatch):
+    def no_process(self):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(Pool, "_start", no_process)
+    with pytest.raises(RaceError, match=r"a worker cannot be started or heard: .*temporarily unavailable"):
+        etude.race(str(TINY), ["adamw", "lion"], folder=tmp_path, **QUICK)
+
+
 def test_a_killed_worker_is_one_failed_cell_and_what_a_task_prints_is_no_answer():
     dies, lives = Cell("adamw", "final", 0.01, 13), Cell("adamw", "final", 0.01, 1)
     with Pool(f"{TINY}:killed", steps=24, device="cpu", workers=1) as pool:

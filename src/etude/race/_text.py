@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -88,11 +89,11 @@ def watched(plan: Plan) -> str:
 
 
 def folded(name: str, width: int) -> str:
-    """A contender's name in lines of at most ``width``: broken after a space, comma or parenthesis, else after ``=``."""
-    lines, parts = [""], re.findall(r"[^\s,(]*[\s,(]*", name)
-    for part in [
-        p for whole in parts for p in ([whole] if len(whole.rstrip()) <= width else re.split("(?<==)", whole))
-    ]:
+    """A name in lines of at most ``width``: broken after spaces, commas and parentheses, if need be after ``=``."""
+    parts = re.findall(r"[^\s,(]*[\s,(]*", name)
+    fitting = [[part] if len(part.rstrip()) <= width else re.split("(?<==)", part) for part in parts]
+    lines = [""]
+    for part in itertools.chain(*fitting):
         if lines[-1] and len((lines[-1] + part).rstrip()) > width:
             lines.append("")
         lines[-1] += part

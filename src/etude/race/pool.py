@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from etude.race._errors import InputError
+from etude.race._errors import InputError, RaceError, one_line
 from etude.race._model import Cell, Outcome
 from etude.race.store import decoded
 
@@ -39,7 +39,7 @@ class Pool:
     def __init__(self, task: str, *, steps: int, device: str, workers: int) -> None:
         self._setup = json.dumps({"task": task, "steps": steps, "device": device})
         self._asked: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        self._answered: queue.Queue[tuple[dict[str, Any], dict[str, Any]]] = queue.Queue()
+        self._answered: queue.Queue[tuple[dict[str, Any], dict[str, Any]] | BaseException] = queue.Queue()
         self._running: list[subprocess.Popen[str]] = []
         self._open, self._left, self._guard = True, 0, threading.Lock()
         self._threads = [threading.Thread(target=self._attend, daemon=True) for _ in range(workers)]
@@ -53,6 +53,8 @@ class Pool:
         """(request, answer) pairs as they finish; more may be submitted meanwhile."""
         while self._left:
             pair = self._answered.get()
+            if isinstance(pair, BaseException):
+                raise RaceError(f"a worker cannot be started or heard: {one_line(pair)}") from pair
             self._left -= 1
             yield pair
 
@@ -72,6 +74,13 @@ class Pool:
             thread.join()
 
     def _attend(self) -> None:
+        """What goes wrong in a thread is told where the answers are awaited, or they would be awaited for ever."""
+        try:
+            self._hand_on()
+        except BaseException as error:
+            self._answered.put(error)
+
+    def _hand_on(self) -> None:
         """One thread attends one worker: hand it a request, wait for the answer, replace it when it dies."""
         worker: subprocess.Popen[str] | None = None
         while (request := self._asked.get()) is not None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from etude.rules._rounding import rest, stochastic
 from etude.rules._rule import Chain, Width
 
-SMALL = 131_072
+SMALL = 32_768
 """Elements below which a tensor is gathered with others. Above it, copying costs more than a kernel's start."""
 
 LOW = (torch.bfloat16, torch.float16)

@@ -13,7 +13,7 @@ from torch import Tensor
 from etude._held import refuse_orphans, register
 from etude.rules._bucket import LOW, Bucket, Member, Work, layout, totals, works
 from etude.rules._checkpoint import aligned, fitting
-from etude.rules._kernel import NoKernel, Numbers, compiled, packed, run
+from etude.rules._kernel import NoKernel, Numbers, packed, play, run
 from etude.rules._rule import Bag, Chain
 
 Engine = Literal["eager", "compiled", "reference"]
@@ -177,7 +177,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def _context(self, work: Work, chain: Chain, seen: dict[Any, Any]) -> tuple[Numbers, Tensor | None]:
         """The parts' numbers at this step (fields, what depends on t, the schedule's multiplier), once per group."""
-        key = (work.bucket.group, work.t)
+        key = (work.bucket.group, work.t, work.w.device)
         if key not in seen:
             group = self.param_groups[work.bucket.group]
             lr = group.get("lr", 1.0)
@@ -186,7 +186,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             numbers = [
                 {**part.numbers(), **part.clock(work.t), **{k: shared[k] for k in part.reads}} for part in chain.parts
             ]
-            seen[key] = (numbers, packed(numbers) if self.engine == "compiled" else None)
+            seen[key] = (numbers, packed(numbers, work.w.device) if self.engine == "compiled" else None)
         numbers, floats = seen[key]
         if any(isinstance(x, Tensor) and x.ndim for n in numbers for x in n.values()):  # a knob for each owner model
             numbers = [
@@ -229,11 +229,10 @@ class RuleOptimizer(torch.optim.Optimizer):
     def _compiled(self, work: Work, chain: Chain, start: int) -> bool:
         """Play the parts as one kernel. Where none can be built for this layout, say so once and go on eagerly."""
         states, numbers = work.state[start:-1], work.numbers[start:]
-        floats = packed(numbers) if work.packed is None else work.packed
-        kernel = compiled(chain.name, chain.structure[start:], chain.parts[start:], states, numbers, fresh=not start)
-        tensors = [x for given in (*states, *numbers) for x in given.values() if isinstance(x, Tensor)]
+        floats = packed(numbers, work.w.device) if work.packed is None else work.packed
+        u, parts = work.u if start else None, chain.parts[start:]
         try:
-            kernel(work.g, work.w, floats, *tensors, *((work.u,) if start else ()))
+            play(chain.name, chain.structure[start:], parts, u, work.g, work.w, states, numbers, floats)
         except NoKernel as error:
             if not any(b.plain for b in self._buckets or ()):
                 log.warning("etude: no compiled kernel for %s (%s); eager goes on", chain.name, error)
