@@ -153,11 +153,11 @@ def _is_batch(data: Any) -> bool:
 
 def _batches(data: Any) -> Iterator[Batch]:
     """The batches of held-out data, one or several; none is an error."""
-    count = 0
+    examples = 0
     for inputs, targets in [data] if _is_batch(data) else data:
-        count += len(targets)
+        examples += len(targets)
         yield inputs, targets
-    if not count:
+    if not examples:
         raise ValueError("the validation or test data hold no example")
 
 

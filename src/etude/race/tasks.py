@@ -83,7 +83,8 @@ def find_task(asked: str | Factory) -> Found:
     path, _, name = asked.partition(".py:")
     path, name = (f"{path}.py", name) if name else (asked, "task")
     if not path.endswith(".py"):
-        raise InputError(f"no task {asked!r}; nearest: {nearest(asked, known)} (or path/to/my_task.py[:factory])")
+        there = f"there is {', '.join(known)}, or path/to/my_task.py[:factory]"
+        raise InputError(f"no task {asked!r}; nearest: {nearest(asked, known)}; {there}")
     file = Path(path).resolve()
     if not file.is_file():
         raise InputError(f"no task file {path}")
