@@ -1,22 +1,14 @@
-"""How a chain runs on one piece of work: eagerly, or as one compiled kernel per rule. Both trace the same function.
-
-The kernel is traced here and lowered by the compiler behind ``torch.compile``, without the machinery around it that
-checks every argument at every call: a call costs 3 µs instead of 30. The checks run once for each set of shapes.
-"""
+"""How a chain runs on one piece of work: eagerly, or as one compiled kernel per rule. Both trace the same function."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as size_settings
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from etude.rules._rule import Bag, Part
 
@@ -71,7 +63,8 @@ def play(
         chosen = next((kernel for fits, kernel in known if fits(args)), None)
         if chosen is None:
             log.info("etude: building the kernel of %s, a second or more, once", name)
-            chosen = _build(tuple(parts), keys, args, known, fresh=u is None)
+            lower = importlib.import_module("etude.rules._lower")  # the compiler takes two seconds to import
+            chosen = lower.build(tuple(parts), keys, args, known, fresh=u is None)
         _CHOSEN[key] = chosen
     if isinstance(chosen, NoKernel):
         raise chosen
@@ -83,39 +76,3 @@ def packed(numbers: Numbers, device: torch.device) -> Tensor:
     """The plain numbers in order, as one float64 tensor."""
     plain = [x for n in numbers for x in n.values() if not isinstance(x, Tensor)]
     return torch.tensor(plain, dtype=torch.float64).to(device)
-
-
-def _build(
-    parts: tuple[Part, ...], keys: tuple[Any, ...], args: list[Tensor], known: list[Any], *, fresh: bool
-) -> Kernel | NoKernel:
-    def kernel(g: Tensor, w: Tensor, floats: Tensor, *tensors: Tensor) -> tuple[()]:
-        left, scalars = iter(tensors), iter(floats.unbind(0))
-        states = [{key: next(left) for key in state} for state, _ in keys]
-        numbers = [{key: next(left if tensor else scalars) for key, tensor in number} for _, number in keys]
-        u = g if fresh else next(left)
-        w.sub_(run(parts, u, g, w, states, numbers)[0])
-        return ()
-
-    try:
-        functional = torch.func.functionalize(kernel, remove="mutations_and_views")
-        # or two axes that happen to be equal would be taken for one
-        with size_settings.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            trace = make_fx(functional, decomposition_table=select_decomp_table(), tracing_mode="symbolic")
-            graph = trace(*args)
-        fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-        sizes = fakes[0].fake_mode.shape_env
-        with tracing(TracingContext(fakes[0].fake_mode)), torch._inductor.config.patch(size_asserts=False):
-            built: Kernel = compile_fx_inner(graph, fakes)
-        code = sizes.produce_guards_expression(fakes)
-        known.append((lambda xs: code is None or bool(sizes.evaluate_guards_expression(code, xs)), built))
-        return built
-    except Exception as error:  # a part that is wrong raises again, and better, when it is played eagerly
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        failed, ones = NoKernel(lines[0].strip() if lines else type(error).__name__), _ones(args)
-        known.append((lambda xs: _ones(xs) == ones, failed))  # not tried again for each shape
-        return failed
-
-
-def _ones(args: list[Tensor]) -> list[list[bool]]:
-    """Which axes are of size one: those are never symbols."""
-    return [[n == 1 for n in x.shape] for x in args]
