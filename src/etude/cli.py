@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-_EXTRA = {"altair", "jinja2", "numpy", "rich", "safetensors", "scipy", "sklearn", "typer", "vl_convert"}
+_EXTRA = {"jinja2", "numpy", "rich", "safetensors", "scipy", "sklearn", "typer", "vl_convert"}
 
 
 def main() -> None:
