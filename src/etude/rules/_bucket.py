@@ -18,6 +18,8 @@ from etude.rules._rule import Chain, Width
 
 SMALL = 32_768
 """Elements below which a tensor is gathered with others. Above it, copying costs more than a kernel's start."""
+SMALL_MATRIX = 131_072
+"""The same for matrix rules, whose products gain more from a stack."""
 
 LOW = (torch.bfloat16, torch.float16)
 """Weights of these types are updated in float32, and what rounding loses is kept or drawn (see ``rounding``)."""
@@ -27,7 +29,9 @@ def layout(width: Width, numel: int, reference: bool) -> tuple[str, bool]:
     """Where a parameter goes: the bucket's layout, and whether it shares the bucket with others."""
     if reference:
         return "full", False
-    return {"coordinate": "flat", "tensor": "rows"}.get(width, "full"), numel < SMALL
+    if width == "matrix":
+        return "full", numel < SMALL_MATRIX
+    return "rows" if width == "tensor" else "flat", numel < SMALL
 
 
 @dataclass
