@@ -59,6 +59,8 @@ def test_python_blocks_run(page, found, tmp_path):
 
 @pytest.mark.parametrize("asked", [*commands()])
 def test_commands_run(asked, tmp_path):
+    """As if in the checkout, but with a folder of its own to write into."""
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     program = [sys.executable, "-c", "from etude.cli import main; main()"]
     done = subprocess.run(
         [*program, *shlex.split(asked, comments=True)[1:]],
