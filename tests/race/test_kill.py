@@ -154,7 +154,9 @@ def test_a_full_disk_is_one_line_and_the_race_resumes_when_there_is_room(in_peac
 def test_two_races_in_one_folder_do_not_mix(in_peace, tmp_path):
     first = start(tmp_path)
     wait_for_writing(first, tmp_path, 20_000)
+    first.send_signal(signal.SIGSTOP)  # or it might be over before the second asks
     code, _, err = finish(start(tmp_path))
+    first.send_signal(signal.SIGCONT)
     assert (code, err.splitlines()[-1][:32]) == (1, "etude: another race is running i")
     assert finish(first)[0] == 0
     assert ledger(tmp_path) == in_peace
