@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from etude.rules._rounding import rest, stochastic
-from etude.rules._rule import Chain, Width
+from etude.rules._rule import Chain, Width, unused
 
 SMALL = 32_768
 """Elements below which a tensor is gathered with others. Above it, copying costs more than a kernel's start."""
@@ -120,8 +120,7 @@ class Bucket:
         m, found = self.members[i], {"step": self.steps[i]}
         for entry in self.state:
             for name, x in entry.items():
-                same = sum(key == name or _numbered(key, name) for key in found)
-                found[f"{name}_{same + 1}" if same else name] = _shaped(self.split(x)[i], m.p)
+                found[unused(name, found)] = _shaped(self.split(x)[i], m.p)
         for key, value in before.items():
             if key in found:
                 found[key].copy_(value)
@@ -253,12 +252,6 @@ def _shaped(x: Tensor, p: Tensor) -> Tensor:
     if x.numel() != p.numel() * (2 if p.is_complex() else 1):
         return x
     return torch.view_as_complex(x.view(*p.shape, 2)) if p.is_complex() else x.view(p.shape)
-
-
-def _numbered(key: str, name: str) -> bool:
-    """Whether the key is ``name_2``, ``name_3``, …"""
-    head, _, tail = key.rpartition("_")
-    return head == name and tail.isdigit()
 
 
 def totals(all_works: Sequence[Work], partials: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -151,8 +151,7 @@ class Chain:
         found: dict[str, tuple[int, str]] = {}
         for i, part in enumerate(self.parts):
             for f in dataclasses.fields(part):
-                same = sum(re.fullmatch(rf"{f.name}(_\d+)?", key) is not None for key in found)
-                found[f.name if not same else f"{f.name}_{same + 1}"] = (i, f.name)
+                found[unused(f.name, found)] = (i, f.name)
         return found
 
 
@@ -194,6 +193,12 @@ def route(**arms: Chain) -> Route:
     if not arms:
         raise ValueError("route(): needs arms, e.g. route(matrices=muon(), rest=adamw())")
     return Route(tuple(arms.items()))
+
+
+def unused(name: str, taken: Iterable[str]) -> str:
+    """The name, or ``name_2``, ``name_3``, … where it is taken."""
+    same = sum(re.fullmatch(rf"{name}(_\d+)?", key) is not None for key in taken)
+    return f"{name}_{same + 1}" if same else name
 
 
 def pair(betas: Any) -> tuple[Any, Any]:
