@@ -135,12 +135,12 @@ def test_a_changed_task_is_refused_in_the_old_folder(tmp_path, no_worker):
 
 def test_a_plan_is_said_before_the_first_run(raced, capsys):
     with pytest.raises(ZeroDivisionError):
-        running._Course, kept = None, running._Course
+        running.Course, kept = None, running.Course
         try:
-            running._Course = lambda *_: 1 / 0
+            running.Course = lambda *_: 1 / 0
             running.resume(raced.folder)
         finally:
-            running._Course = kept
+            running.Course = kept
     said = " ".join(capsys.readouterr().err.split())
     assert re.search(
         r"plan tiny: 2 contenders × \(up to 13 tuning \+ \d+ final\) \+ \d+ A/A = up to \d+ runs · 24 steps each", said

@@ -14,7 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from etude.race import Cell, InputError, Task, loop
-from etude.race.plan import entries, entry, grid, open_task, seeds_of
+from etude.race.plan import entries, grid, seeds_of
+from etude.race.subject import find, open_task
 from etude.race.task import to_device
 from etude.race.tasks import Found, builtin, find_task
 
@@ -258,9 +259,9 @@ def test_a_task_that_cannot_be_raced_is_refused_before_the_plan(name, said):
 
 
 def test_a_contender_is_its_canonical_text_without_lr():
-    assert entry("muon( lr=0.02 )+ dyt") == ("muon + dyt", 0.02)
-    assert entry("adamw") == ("adamw", 1e-3)
-    assert list(entries(["lion", "adamw"], "adamw")) == ["adamw", "lion"]
+    assert find("digits").entry("muon( lr=0.02 )+ dyt") == ("muon + dyt", 0.02)
+    assert find("digits").entry("adamw") == ("adamw", 1e-3)
+    assert list(entries(find("digits"), ["lion", "adamw"], "adamw")) == ["adamw", "lion"]
 
 
 @pytest.mark.parametrize(
@@ -279,7 +280,7 @@ def test_a_contender_is_its_canonical_text_without_lr():
 )
 def test_a_contender_that_cannot_race_is_refused(asked, said):
     with pytest.raises(InputError, match=said):
-        entries(asked, None)
+        entries(find("digits"), asked, None)
 
 
 def test_the_grid_is_seven_points_by_the_root_of_ten():
@@ -296,13 +297,13 @@ def test_no_stage_shares_a_seed_and_more_seeds_only_add():
 
 
 def test_every_contender_of_a_seed_starts_at_the_same_weights_and_sees_the_same_batches():
-    runs = [loop.Run(tiny("task"), c, lr=0.1, seed=5, steps=8, device="cpu") for c in ("adamw", "sgd(momentum=0.9)")]
+    runs = [loop.Run(tiny("task"), Cell(c, "tune", 0.1, 5), steps=8, device="cpu") for c in ("adamw", "sgd(momentum=0.9)")]
     one, two = ([p.detach().clone() for p in run.model.parameters()] for run in runs)
     assert all(map(torch.equal, one, two))
     assert all(torch.equal(next(runs[0].stream)[0], next(runs[1].stream)[0]) for _ in range(5))
-    other = loop.Run(tiny("task"), "adamw", lr=0.1, seed=6, steps=8, device="cpu")
+    other = loop.Run(tiny("task"), Cell("adamw", "tune", 0.1, 6), steps=8, device="cpu")
     assert not torch.equal(one[0], next(other.model.parameters()))
-    again = loop.Run(tiny("task"), "adamw", lr=0.1, seed=5, steps=8, device="cpu")
+    again = loop.Run(tiny("task"), Cell("adamw", "tune", 0.1, 5), steps=8, device="cpu")
     assert not all(torch.equal(next(again.stream)[0], next(other.stream)[0]) for _ in range(5))
 
 
@@ -316,7 +317,7 @@ def test_a_cell_gives_the_same_bits_twice_and_its_curve_ends_at_the_last_step():
 
 
 def test_the_learning_rate_warms_up_and_decays_linearly_towards_zero():
-    run = loop.Run(tiny("task"), "sgd", lr=1.0, seed=0, steps=100, device="cpu")
+    run = loop.Run(tiny("task"), Cell("sgd", "tune", 1.0, 0), steps=100, device="cpu")
     seen = []
     for _ in range(100):
         seen.append(run.optimizer.param_groups[0]["lr"])

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from etude.race._asked import FLOOR
 from etude.race._errors import InputError, RaceError
-from etude.race._run import resume, run, show
-from etude.race.plan import FLOOR
+from etude.race._run import ask, resume, run, show
 from etude.race.report import to_json
 
 
@@ -37,23 +37,24 @@ def race_command(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cpu if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed, another race; 0 if not given.")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto, loop or population; auto if not given.")] = None,
+    on: Annotated[str | None, typer.Option(help="Where the runs are trained; here if not given.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Race contenders on a task: which of them helps, at an equal tuning budget, on fresh paired seeds."""
-    asked: dict[str, Any] = {
-        "task": task, "contenders": contenders or None, "baseline": baseline, "seeds": FLOOR if quick else seeds,
-        "steps": steps, "workers": workers, "device": device, "seed": seed,
+    options: dict[str, Any] = {
+        "baseline": baseline, "seeds": FLOOR if quick else seeds, "steps": steps, "workers": workers,
+        "device": device, "seed": seed, "engine": engine, "on": on,
     }  # fmt: skip
-    given = {k: v for k, v in asked.items() if v is not None}
     try:
         if quick and seeds is not None:
             raise InputError("--quick and --seeds both say how many seeds; give one")
         if continue_ is not None:
-            result = resume(continue_, **given)
+            result = resume(continue_, task=task, contenders=contenders or None, **options)
         elif task is None or not contenders:
             raise InputError('name a task and its contenders: etude race digits adamw muon "adamw + dyt"')
         else:
-            result = run(**given, folder=folder)
+            result = run(ask(task, contenders, **options), folder=folder)
     except (InputError, RaceError) as error:
         print(f"etude: {error}", file=sys.stderr)
         return error.exit_code

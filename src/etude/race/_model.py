@@ -20,13 +20,19 @@ class Cell:
     """One training run.
 
     ``contender``: canonical recipe text without lr, e.g. ``"adamw + dyt"``. ``stage``: ``"tune" | "final" | "aa"``
-    (aa: the baseline again on other seeds).
+    (aa: the baseline again on other seeds). ``more``: what is tuned beside lr, (knob, value) by name.
     """
 
     contender: str
     stage: str
     lr: float
     seed: int
+    more: tuple[tuple[str, float], ...] = ()
+
+    @classmethod
+    def of(cls, held: Mapping[str, Any]) -> Cell:
+        """The cell behind its ``asdict`` after a trip through JSON."""
+        return cls(**{**held, "more": tuple((str(name), value) for name, value in held.get("more", ()))})
 
     def key(self, lock: Mapping[str, Any]) -> str:
         """sha256 over everything that decides the result: the lock and the cell."""

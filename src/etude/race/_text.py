@@ -7,8 +7,8 @@ import math
 import re
 from collections.abc import Sequence
 
+from etude.race._asked import MOST
 from etude.race._model import Plan, Result, Standing
-from etude.race.plan import MOST
 from etude.race.verdict import DIFFERENT
 
 Pair = tuple[float, float]

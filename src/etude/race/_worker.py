@@ -17,22 +17,21 @@ import torch
 
 from etude.race._errors import InputError, one_line
 from etude.race._model import Cell
-from etude.race.loop import probe, train
-from etude.race.tasks import find_task
+from etude.race.subject import find
 
 
 def _serve(lines: queue.Queue[str], out: TextIO, setup: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    factory = find_task(setup["task"]).factory
+    subject = find(setup["task"])
+    how = {"steps": setup["steps"], "device": setup["device"]}
     while True:
         asked = json.loads(lines.get())
         answer: dict[str, Any]
         try:
             if asked["kind"] == "cell":
-                answer = asdict(train(factory, Cell(**asked["cell"]), steps=setup["steps"], device=setup["device"]))
+                answer = asdict(subject.train(Cell.of(asked["cell"]), **how))
             else:
-                given = {k: asked[k] for k in ("lr", "whole")}
-                answer = probe(factory, asked["contender"], **given, steps=setup["steps"], device=setup["device"])
+                answer = subject.probe(asked["contender"], lr=asked["lr"], whole=asked["whole"], **how)
         except InputError as error:
             answer = {"refused": one_line(error)}
         out.write(json.dumps(answer) + "\n")

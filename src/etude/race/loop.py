@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from etude import after, gradients, recipes, schedules
 from etude.race._errors import InputError, one_line
 from etude.race._model import Cell, Outcome
-from etude.race.task import Task, digest_state, to_device
-from etude.race.tasks import Factory
+from etude.race.task import Factory, Task, digest_state, to_device
 
 WARMUP = 0.05
 """Share of the steps that warm the learning rate up; then it decays linearly to zero."""
@@ -48,15 +47,15 @@ def make_task(factory: Factory, seed: int) -> Task:
 class Run:
     """A contender set up on a task, ready to step. Setting up is the same for every contender but for its recipe."""
 
-    def __init__(self, factory: Factory, contender: str, *, lr: float, seed: int, steps: int, device: str) -> None:
-        recipe = recipes.parse(contender)
+    def __init__(self, factory: Factory, cell: Cell, *, steps: int, device: str) -> None:
+        recipe, seed = recipes.parse(cell.contender), cell.seed
         self.task = make_task(factory, seed)
         torch.manual_seed(stream_seed(seed, "recipe"))
         self.model: nn.Module = recipe.apply(self.task.model).to(device)
         torch.manual_seed(stream_seed(seed, "noise"))  # dropout
         self.device, self.steps, self.times, self.first = device, steps, list[float](), math.nan
         self.gradient = recipe.gradient or gradients.plain()
-        self.optimizer = recipe.optimizer(self.model, lr=lr, roles=self.task.roles)
+        self.optimizer = recipe.with_knobs(**dict(cell.more)).optimizer(self.model, lr=cell.lr, roles=self.task.roles)
         bound = [after.attach(self.optimizer, self.model, value) for value in recipe.after]
         self.averages = [b for b in bound if isinstance(b, after.Averaged)]
         warm = max(1, round(WARMUP * steps))
@@ -114,7 +113,7 @@ def train(factory: Factory, cell: Cell, *, steps: int, device: str = "cpu") -> O
     curve: list[Point] = []
     metric, reason, run = None, "", None
     try:
-        run = Run(factory, cell.contender, lr=cell.lr, seed=cell.seed, steps=steps, device=device)
+        run = Run(factory, cell, steps=steps, device=device)
         for point in run.points():
             curve.append(point)
             if reason := diverged(run.first, curve):
@@ -153,7 +152,7 @@ def probe(
     """
     few = steps if whole else min(PROBE_STEPS, steps)
     try:
-        run = Run(factory, contender, lr=lr, seed=0, steps=few, device=device)
+        run = Run(factory, Cell(contender, "probe", lr, seed=0), steps=few, device=device)
     except Exception as error:
         raise InputError(f"{contender}: {one_line(error)}") from error
     digest, reason, evaluation = "", "", 0.0

@@ -146,7 +146,7 @@ def outcome_of(request: dict[str, Any], answer: dict[str, Any]) -> Outcome:
     if "refused" in answer:
         raise InputError(answer["refused"])
     if "died" in answer:
-        return Outcome(Cell(**request["cell"]), None, answer["died"], (), 0.0, 0.0, 0)
+        return Outcome(Cell.of(request["cell"]), None, answer["died"], (), 0.0, 0.0, 0)
     return decoded(answer)
 
 

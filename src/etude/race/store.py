@@ -163,7 +163,7 @@ def _checksum(key: str, text: str) -> str:
 
 def decoded(held: Mapping[str, Any]) -> Outcome:
     """The outcome behind its ``asdict`` after a trip through JSON."""
-    return Outcome(**{**held, "cell": Cell(**held["cell"]), "curve": tuple(tuple(point) for point in held["curve"])})
+    return Outcome(**{**held, "cell": Cell.of(held["cell"]), "curve": tuple(tuple(point) for point in held["curve"])})
 
 
 def _damaged(folder: Path, said: str) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 Batch = tuple[Any, Any]
 Stream = Callable[[torch.Generator], Iterable[Batch]]
+Factory = Callable[[int], "Task"]
 
 
 @dataclass

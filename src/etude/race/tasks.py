@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from torch import Tensor, nn
 
 from etude._words import nearest
 from etude.race._errors import InputError, one_line
-from etude.race.task import Task
+from etude.race.task import Factory, Task
 
-Factory = Callable[[int], Task]
 _importing: list[Path] = []
 
 

@@ -1,0 +1,47 @@
+"""Before the first run: each contender is built and takes a few steps, to see what it changes and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etude.race._errors import InputError
+from etude.race.executors import Executor
+from etude.race.progress import Voice
+
+
+def probe_all(pool: Executor, voice: Voice, lines: Mapping[str, float], known: dict[str, Any]) -> dict[str, Any]:
+    """What a few warm steps of each contender cost, once each has been seen to take effect (R10).
+
+    All are probed at the baseline's lr; ``known`` holds what an earlier race in this folder has probed. What a few
+    steps do not tell from the baseline may act later: both then run the whole schedule.
+    """
+    names, lr = list(lines), next(iter(lines.values()))
+    probes = {name: held for name, held in known.items() if held["lr"] == lr}
+    probes |= _probed(pool, [name for name in names if name not in probes], lr)
+    base = probes[names[0]]
+    if base["reason"]:
+        raise InputError(f"the baseline {names[0]} does not run on this task: {base['reason']}")
+    if same := [name for name in names[1:] if probes[name]["digest"] == base["digest"]]:
+        voice.line("probe", f"{', '.join(same)}: as {names[0]} in the first steps; trying the whole schedule")
+        whole = _probed(pool, [names[0], *same], lr, whole=True)
+        for name in same:
+            if (digest := whole[name]["digest"]) and digest == whole[names[0]]["digest"]:
+                raise InputError(
+                    f"{name} is a no-op on this model: it trains to the same weights and outputs as {names[0]}"
+                )
+            probes[name]["digest"] = digest  # unlike the baseline's: a race resumed need not try again
+    return probes
+
+
+def _probed(pool: Executor, names: Sequence[str], lr: float, whole: bool = False) -> dict[str, Any]:
+    """The workers' answers to a probe of each contender; a worker that died is one that tells nothing."""
+    for name in names:
+        pool.submit({"kind": "probe", "contender": name, "lr": lr, "whole": whole})
+    found = {}
+    for request, answer in pool.results():
+        if "refused" in answer:
+            raise InputError(answer["refused"])
+        died = {"digest": "", "reason": answer.get("died"), "seconds": 0.0, "bytes": 0}
+        found[request["contender"]] = {**(died if "died" in answer else answer), "lr": lr}
+    return found
