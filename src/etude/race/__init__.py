@@ -12,6 +12,7 @@ from etude.race._model import Outcome as Outcome
 from etude.race._model import Plan as Plan
 from etude.race._model import Result as Result
 from etude.race._model import Standing as Standing
+from etude.race.command import command as command
 from etude.race.task import Task as Task
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from etude.race.report import write_html as write_html
 
 __all__ = [
-    "Cell", "InputError", "Outcome", "Plan", "RaceError", "Result", "Standing", "Task", "race", "resume", "table",
-    "to_json", "write_html",
+    "Cell", "InputError", "Outcome", "Plan", "RaceError", "Result", "Standing", "Task", "command", "race", "resume",
+    "table", "to_json", "write_html",
 ]  # fmt: skip
 _OWN = ("race", "resume", "table", "to_json", "write_html")
 

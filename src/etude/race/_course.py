@@ -28,7 +28,10 @@ class Course:
         """Every outcome of the plan, in the plan's order, whatever the order in which they finished."""
         plan = self.plan
         tuned = self._tune()
-        lrs = {name: choose_lr(tuned[name], plan.minimize)[0] for name in plan.contenders}
+        lrs = {
+            name: choose_lr(tuned[name], plan.minimize)[0] if tuned[name] else plan.grids[name][0]
+            for name in plan.contenders
+        }
         finals = [[Cell(name, "final", lrs[name], seed) for seed in plan.final_seeds] for name in plan.contenders]
         controls = [Cell(plan.baseline, "aa", lrs[plan.baseline], seed) for seed in plan.aa_seeds]
         ran = self._finish(_interleaved([*finals, controls]))

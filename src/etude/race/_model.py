@@ -47,7 +47,7 @@ class Outcome:
     ("diverged at step 120: loss is nan", "raised ValueError: …"). ``curve``: (step, seconds of training so far, mean
     train loss since the last point, validation metric). ``seconds``: the whole training, evaluation excluded;
     ``step_seconds``: median time of one step, synchronised; both in processor time on a CPU. ``state_bytes``:
-    optimizer state.
+    optimizer state. Both are None where only the run itself could tell.
     """
 
     cell: Cell
@@ -55,8 +55,24 @@ class Outcome:
     reason: str
     curve: tuple[tuple[int, float, float, float], ...]
     seconds: float
-    step_seconds: float
-    state_bytes: int
+    step_seconds: float | None
+    state_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a subject says of itself before anything is trained. ``lock``: what of it decides a result.
+
+    ``steps``: 0 where only it knows. ``probed``: whether a few steps can be tried. ``workers``: runs at a time, when
+    not as many as cores.
+    """
+
+    steps: int
+    metric: str
+    minimize: bool
+    lock: dict[str, Any]
+    probed: bool = True
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +82,8 @@ class Plan:
     ``contenders``: baseline first. ``grids``: per contender 7 learning rates, factor √10, centred on the method's
     default or the one written in the recipe. ``rope``: half-width of "equivalent" as a share of the baseline's metric.
     ``seconds_per_run`` per contender. ``visible``: smallest effect the race can see, in standard deviations of a seed
-    (80 % power). ``workers``: how many runs at a time.
+    (80 % power). ``workers``: how many runs at a time. ``paired``: False where seeds cannot be
+    matched, and runs are independent samples.
     """
 
     task: str
@@ -85,6 +102,7 @@ class Plan:
     seconds_per_run: Mapping[str, float] = field(default_factory=dict)
     visible: float | None = None
     workers: int = 1
+    paired: bool = True
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etude.race._errors import InputError
+from etude.race._model import Cell, Outcome
 from etude.race.executors import Executor
+from etude.race.plan import seeds_of
+from etude.race.pool import cell_request, outcome_of
 from etude.race.progress import Voice
 
 
@@ -45,3 +48,20 @@ def _probed(pool: Executor, names: Sequence[str], lr: float, whole: bool = False
         died = {"digest": "", "reason": answer.get("died"), "seconds": 0.0, "bytes": 0}
         found[request["contender"]] = {**(died if "died" in answer else answer), "lr": lr}
     return found
+
+
+def first_runs(
+    pool: Executor, lines: Mapping[str, float], seed: int, known: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[Outcome]]:
+    """What one whole run of each contender costs, where a few steps cannot be tried: a run of its tuning, and kept."""
+    for name, lr in lines.items():
+        stage = "tune" if lr else "final"
+        if name not in known:
+            pool.submit(cell_request(Cell(name, stage, lr, seeds_of(stage, seed, 1)[0])))
+    ran = [outcome_of(request, answer) for request, answer in pool.results()]
+    base = next(iter(lines))
+    for outcome in ran:
+        if outcome.cell.contender == base and outcome.reason:
+            raise InputError(f"the baseline {base} does not run: {outcome.reason}")
+    found = {o.cell.contender: {"seconds": o.seconds, "bytes": 0} for o in ran}
+    return {**known, **found}, ran

@@ -17,8 +17,8 @@ from rich.console import Console
 from etude.race._asked import SEEDS, Asked
 from etude.race._course import Course
 from etude.race._errors import InputError, RaceError
-from etude.race._model import Plan, Result, canonical
-from etude.race._probe import probe_all
+from etude.race._model import Outcome, Plan, Result, canonical
+from etude.race._probe import first_runs, probe_all
 from etude.race.executors import open_executor
 from etude.race.plan import entries, folder_name, make_lock, make_plan, seeds_of
 from etude.race.progress import Voice, clock
@@ -79,11 +79,13 @@ def run(asked: Asked, *, folder: str | Path = "runs", quiet: bool = False) -> Re
     subject = find(asked.task)
     lines = entries(subject, asked.contenders, asked.baseline)
     opened = subject.open(seeds_of("tune", asked.seed, 1)[0])
-    asked = replace(asked, steps=asked.steps or opened.steps, seeds=asked.seeds or SEEDS)
-    assert asked.steps is not None
+    if asked.steps and not opened.steps:
+        raise InputError("the steps of a command are its own: write them into the command, without --steps")
+    asked = replace(asked, steps=asked.steps or opened.steps or None, seeds=asked.seeds or SEEDS)
     assert asked.seeds is not None
-    steps, seed, device = asked.steps, asked.seed, asked.device
-    executor, workers = open_executor(asked.on, asked.task, steps=steps, device=device, workers=asked.workers)
+    steps, seed, device = asked.steps or 0, asked.seed, asked.device
+    wanted = asked.workers or opened.workers
+    executor, workers = open_executor(asked.on, asked.task, steps=steps, device=device, workers=wanted)
     lock = make_lock(subject, opened, steps=steps, seed=seed, device=device)
     folder = Path(folder)
     folder = folder if (folder / FILE).exists() else folder / folder_name(lock)
@@ -91,14 +93,21 @@ def run(asked: Asked, *, folder: str | Path = "runs", quiet: bool = False) -> Re
         voice = stack.enter_context(Voice(quiet=quiet))
         stack.enter_context(executor)
         ledger = stack.enter_context(Ledger(folder, lock)) if (folder / FILE).exists() else None
-        probes = probe_all(executor, voice, lines, (ledger.fact("probes") if ledger else None) or {})
+        known = (ledger.fact("probes") if ledger else None) or {}
+        first: list[Outcome] = []
+        if opened.probed:
+            probes = probe_all(executor, voice, lines, known)
+        else:
+            probes, first = first_runs(executor, lines, asked.seed, known)
         ledger = ledger or stack.enter_context(Ledger(folder, lock))
+        for outcome in first:
+            ledger.put(outcome)
         ledger.set_fact("probes", probes)
         ledger.set_fact("asked", asked.plain())
         seconds = {name: probes[name]["seconds"] for name in lines}
         plan = make_plan(subject, opened, lines, asked, seconds=seconds, workers=workers)
         memory = workers * max(probes[name]["bytes"] for name in lines)
-        _announce(voice, plan, memory=memory, held=len(ledger), folder=folder)
+        _announce(voice, plan, memory=memory, held=len(ledger) - len(first), folder=folder)
         try:
             outcomes = Course(plan, ledger, executor, voice).run()
         except KeyboardInterrupt:
@@ -134,15 +143,16 @@ def _look(ledger: Ledger, lines: Mapping[str, float], seeds: int) -> tuple[tuple
 def _announce(voice: Voice, plan: Plan, *, memory: int, held: int, folder: Path) -> None:
     """The plan, before the first run: how many runs, how long, how much memory, which effects it can see."""
     contenders, final, control = len(plan.contenders), len(plan.final_seeds), len(plan.aa_seeds)
-    runs = (plan.tune_budget + final) * contenders + control
-    work = (plan.tune_budget + final) * math.fsum(plan.seconds_per_run.values())
+    tuning = {name: plan.tune_budget * (len(grid) > 1) for name, grid in plan.grids.items()}
+    runs = sum(tuning.values()) + final * contenders + control
+    work = math.fsum((tuning[name] + final) * cost for name, cost in plan.seconds_per_run.items())
     work += plan.seconds_per_run[plan.baseline] * control
     said = [
-        f"{plan.task}: {contenders} contenders × (up to {plan.tune_budget} tuning + {final} final)"
+        f"{plan.task}: {contenders} contenders × (up to {max(tuning.values())} tuning + {final} final)"
         f" + {control} A/A = up to {runs} runs",
-        f"{plan.steps} steps each",
+        *[f"{plan.steps} steps each"] * (plan.steps > 0),
         f"about {clock(work / plan.workers)} on {plan.workers} worker{'s' * (plan.workers > 1)}",
-        f"{memory / 2**30:.1f} GB",
+        *[f"{memory / 2**30:.1f} GB"] * (memory > 0),
         f"sees differences ≥ {plan.visible:.2g} sd of a seed (80 % power)",
     ]
     voice.line("plan", " · ".join(said))
@@ -150,6 +160,7 @@ def _announce(voice: Voice, plan: Plan, *, memory: int, held: int, folder: Path)
     for name, lrs in plan.grids.items():
         middle = lrs[len(lrs) // 2]
         cost = f"{plan.seconds_per_run[name]:.2g} s a run"
-        voice.line("", f"{name:<{wide}}  lr {lrs[0]:.2g} … {middle:.2g} … {lrs[-1]:.2g}, wider if need be · {cost}")
+        rates = f"lr {lrs[0]:.2g} … {middle:.2g} … {lrs[-1]:.2g}, wider if need be" if middle else "nothing to tune"
+        voice.line("", f"{name:<{wide}}  {rates} · {cost}")
     if held:
         voice.line("resume", f"{held} finished runs in {folder}")

@@ -15,14 +15,14 @@ import torch
 import etude
 from etude.race._asked import MOST, SEEDS, Asked
 from etude.race._errors import InputError
-from etude.race._model import Plan, canonical
-from etude.race.subject import Opened, Subject, device_name
+from etude.race._model import Opened, Plan, canonical
+from etude.race.subject import Subject, device_name
 from etude.race.verdict import visible_effect
 
 GRID = 7
 FACTOR = math.sqrt(10)
 TUNE_SEEDS = 3
-_DECIDES = {"loop", "subject", "task", "tasks"}
+_DECIDES = {"command", "loop", "subject", "task", "tasks"}
 """What of the race's own code decides the result of a cell."""
 
 
@@ -52,7 +52,9 @@ def seeds_of(stage: str, seed: int, count: int) -> tuple[int, ...]:
 
 
 def grid(centre: float) -> tuple[float, ...]:
-    """Seven learning rates, factor √10, around ``centre``."""
+    """Seven learning rates, factor √10, around ``centre``; the one of a contender that has none to tune is 0."""
+    if not centre:
+        return (0.0,)
     return tuple(float(f"{centre * FACTOR**i:.6g}") for i in range(-(GRID // 2), GRID // 2 + 1))
 
 

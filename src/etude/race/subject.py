@@ -1,4 +1,4 @@
-"""What is raced on, behind one interface: a task that etude trains (and, beside it, a command that trains itself)."""
+"""What is raced on, behind one interface: a task that etude trains, or a command that trains by itself."""
 
 from __future__ import annotations
 
@@ -10,19 +10,10 @@ import torch
 from etude import recipes
 from etude.race import loop
 from etude.race._errors import InputError, one_line
-from etude.race._model import Cell, Outcome
+from etude.race._model import Cell, Opened, Outcome
+from etude.race.command import SCHEME, Command
 from etude.race.task import Task, digest_state
 from etude.race.tasks import Found, find_task
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What a subject says of itself before anything is trained. ``lock``: what of it decides a result."""
-
-    steps: int
-    metric: str
-    minimize: bool
-    lock: dict[str, Any]
 
 
 class Subject(Protocol):
@@ -91,7 +82,9 @@ class TaskSubject:
 
 
 def find(ref: Any) -> Subject:
-    """The subject of a reference: a built-in task, a file's factory, or a factory."""
+    """The subject of a reference: a built-in task, a file's factory, a factory, or a command."""
+    if isinstance(ref, str) and ref.startswith(SCHEME):
+        return Command.of(ref)
     return TaskSubject(find_task(ref))
 
 

@@ -132,7 +132,7 @@ def _distinct(outcomes: Iterable[Outcome]) -> list[Outcome]:
 def _one(repeats: list[Outcome]) -> Outcome:
     if len(repeats) == 1:
         return repeats[0]
-    first = min(repeats, key=lambda o: (value_of(o) is not None, o.reason, o.metric or 0.0, o.seconds, o.step_seconds))
+    first = min(repeats, key=lambda o: (value_of(o) is not None, o.reason, o.metric or 0.0, o.seconds))
     values = {v for o in repeats if (v := value_of(o)) is not None}
     return first if value_of(first) is None else replace(first, metric=_mean(sorted(values)))
 
@@ -206,8 +206,9 @@ def _summary(
         mean=float(known.mean()) if len(known) else None, interval=t_interval(known) if len(known) > 1 else None,
         difference=None, difference_interval=None, bootstrap_interval=None, p=None, p_holm=None, rho=None,
         word="failed" if failed else "baseline", visible=None, more=None,
-        step_seconds=_median(o.step_seconds for o in finished), seconds=_median(o.seconds for o in finished),
-        state_bytes=max((o.state_bytes for o in finished), default=None),
+        step_seconds=_median(s for o in finished if (s := o.step_seconds) is not None),
+        seconds=_median(o.seconds for o in finished),
+        state_bytes=max((n for o in finished if (n := o.state_bytes) is not None), default=None),
     )  # fmt: skip
 
 
@@ -220,6 +221,8 @@ def _pairs(standing: Standing, base: Standing) -> tuple[Values, Values]:
 
 def _compare(plan: Plan, standing: Standing, base: Standing) -> Standing:
     """The paired difference, contender - baseline, with its intervals, p, correlation and what could have been seen."""
+    if not plan.paired:
+        return _compare_samples(plan, standing, base)
     mine, theirs = _pairs(standing, base)
     if len(mine) < 2:
         return standing
@@ -235,6 +238,26 @@ def _compare(plan: Plan, standing: Standing, base: Standing) -> Standing:
         rho=float(np.corrcoef(mine, theirs)[0, 1]) if varied else None,
         visible=detectable(len(d), alpha) * spread(d),
     )
+
+
+def _compare_samples(plan: Plan, standing: Standing, base: Standing) -> Standing:
+    """The difference of two independent samples by Welch's t, its interval, and what could have been seen."""
+    x, y = _known(standing), _known(base)
+    if min(len(x), len(y)) < 2:
+        return standing
+    p, between = welch(x, y)
+    n = min(len(x), len(y))
+    return replace(
+        standing,
+        difference=float(x.mean() - y.mean()),
+        difference_interval=between,
+        p=p,
+        visible=detectable(n, plan.alpha / (len(plan.contenders) - 1)) * math.hypot(spread(x), spread(y)),
+    )
+
+
+def _known(standing: Standing) -> Values:
+    return np.array([v for v in standing.values if v is not None])
 
 
 def _judge(plan: Plan, standing: Standing, base: Standing) -> Standing:
@@ -257,7 +280,10 @@ def _judge(plan: Plan, standing: Standing, base: Standing) -> Standing:
 def _within_rope(plan: Plan, standing: Standing, base: Standing) -> bool:
     """Two one-sided tests at alpha: the 1 - 2 alpha interval of the difference lies inside ± rope · |baseline mean|."""
     mine, theirs = _pairs(standing, base)
-    low, high = t_interval(mine - theirs, 1 - 2 * plan.alpha)
+    if plan.paired:
+        low, high = t_interval(mine - theirs, 1 - 2 * plan.alpha)
+    else:
+        _, (low, high) = welch(_known(standing), _known(base), 1 - 2 * plan.alpha)
     margin = plan.rope * abs(base.mean or 0.0)
     return -margin <= low and high <= margin
 
@@ -265,9 +291,10 @@ def _within_rope(plan: Plan, standing: Standing, base: Standing) -> bool:
 def _more(plan: Plan, standing: Standing, base: Standing) -> int | None:
     """How many more seeds find the observed difference with 80 % power; None when it is none, or decided already."""
     mine, theirs = _pairs(standing, base)
-    if len(mine) < 2 or not standing.difference or not np.ptp(mine - theirs):
+    sd = spread(mine - theirs) if plan.paired else math.hypot(spread(_known(standing)), spread(_known(base)))
+    if len(mine) < 2 or not standing.difference or not sd:
         return None
-    needed = seeds_needed(standing.difference / spread(mine - theirs), plan.alpha / (len(plan.contenders) - 1))
+    needed = seeds_needed(standing.difference / sd, plan.alpha / (len(plan.contenders) - 1))
     return None if needed is None else max(needed - len(mine), 1)
 
 
