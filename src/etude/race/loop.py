@@ -9,13 +9,14 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from etude import after, gradients, recipes, schedules
+from etude.race._costs import Energy, step_flops
 from etude.race._errors import InputError, one_line
 from etude.race._model import Cell, Outcome
 from etude.race.task import Factory, Task, digest_state, to_device
@@ -148,22 +149,35 @@ def probe(
 
     ``digest`` identifies the weights and the outputs after those steps, "" where they are not finite: a contender that
     has the baseline's at the same lr is a no-op on this model (R10). A contender that cannot be built raises
-    InputError; one that fails later does not.
+    InputError; one that fails later does not. ``seconds``: of a run, in the loop's own clock; ``wall``: by the clock
+    on the wall, with setting up. ``flops``, ``joules``: of a step, None where they cannot be read.
     """
     few = steps if whole else min(PROBE_STEPS, steps)
+    began, energy = time.perf_counter(), Energy(device)
     try:
         run = Run(factory, Cell(contender, "probe", lr, seed=0), steps=few, device=device)
     except Exception as error:
         raise InputError(f"{contender}: {one_line(error)}") from error
-    digest, reason, evaluation = "", "", 0.0
+    digest, reason, evaluation, slower = "", "", 0.0, 1.0
+    flops, joules = None, None
+    setting_up, start, clock = time.perf_counter() - began, time.perf_counter(), run.now()
     try:
+        energy.start()
         list(run.points())
-        began = run.now()
+        joules = energy.spent(few)
+        slower = (time.perf_counter() - start) / max(run.now() - clock, 1e-9)
+        at = run.now()
         value = run.measure(run.task.valid)
-        evaluation = run.now() - began
+        evaluation = run.now() - at
         digest = f"{digest_state(run.model)} {value!r}" if math.isfinite(value) else ""
     except Exception as error:
         reason = f"raised {type(error).__name__}: {one_line(error)}"
+    if not reason:
+        with suppress(Exception):  # what cannot be counted is absent; nothing depends on it
+            flops = step_flops(run.step)
     seconds = statistics.median(run.times) * steps + evaluation * EVALUATIONS if run.times else 0.0
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"digest": digest, "reason": reason, "seconds": seconds, "bytes": memory}
+    return {
+        "digest": digest, "reason": reason, "seconds": seconds, "wall": setting_up + seconds * max(slower, 1.0),
+        "bytes": memory, "flops": flops, "joules": joules,
+    }  # fmt: skip
