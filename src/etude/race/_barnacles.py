@@ -8,6 +8,7 @@ from etude.race._asked import Asked
 from etude.race._model import Piece, Result
 from etude.race.inclusion import without_each
 
+NO_SIGN = "no sign that it pays"
 WORDS = {"worse": "pays", "under-tuned": "pays", "better": "harms"}
 """The stack without a piece, judged against the whole: what that says of the piece."""
 
@@ -30,10 +31,14 @@ def apart(asked: Asked, stack: str, result: Result) -> Asked:
 
 
 def pieces(stack: str, baseline: str, result: Result) -> tuple[Piece, ...]:
-    """What each piece is worth, from the race of the stack against itself without it."""
-    found = []
+    """What each piece is worth, from the race of the stack against itself without it.
+
+    A piece whose worth lies inside the range that counts as equivalent does not pay, however sure it is.
+    """
+    found, margin = [], result.plan.rope * abs(result.standings[0].mean or 0.0)
     for piece, rest in without_each(stack, baseline):
         s = next(s for s in result.standings if s.contender == rest)
-        word = "fails" if s.word == "failed" else WORDS.get(s.word, "no sign that it pays")
+        inside = s.difference_interval is not None and max(map(abs, s.difference_interval)) <= margin
+        word = "breaks without it" if s.word == "failed" else NO_SIGN if inside else WORDS.get(s.word, NO_SIGN)
         found.append(Piece(piece, rest, word, s.difference, s.difference_interval, s.p_holm))
     return tuple(found)

@@ -113,7 +113,8 @@ class Clock:
 class Piece:
     """What a piece of a winning stack is worth (R14): the stack ``without`` it, judged against the whole stack.
 
-    ``word``: "pays" where the stack is better with it, "harms" where worse, else "no sign that it pays".
+    ``word``: "pays" where the stack is better with it, "harms" where worse, "breaks without it" where most runs fail
+    without it, else "no sign that it pays".
     ``difference``: stack without the piece − stack, paired, with its interval.
     """
 

@@ -150,7 +150,7 @@ def _fitting_steps(
         return folder, asked
     lock = make_lock(subject, opened, steps=opened.steps, seed=asked.seed, device=asked.device)
     folder = folder / f"{folder_name(lock)}-{asked.budget or f'{asked.gpu_hours:g}gpuh'}"
-    if (held := read_fact(folder, "asked")) is not None:
+    if (folder / FILE).exists() and (held := read_fact(folder, "asked")) is not None:
         return folder, replace(asked, steps=held["steps"])
     began = time.monotonic()
     executor, workers = open_executor(
