@@ -73,7 +73,7 @@ def _too_little(asked: Asked, seconds: Mapping[str, float], workers: int, spent:
         given, enough = f"{asked.gpu_hours:g} GPU hours", f"--gpu-hours {math.ceil(needed / 36) / 100:g}"
     else:
         given, enough = f"{asked.budget}", f"--budget {_text(needed / workers * 1.1 + spent)}"
-    fewer = "fewer contenders or fewer steps" if asked.shorten or asked.steps else "fewer contenders, or --shorten"
+    fewer = "fewer contenders or fewer steps" if asked.shorten else "fewer contenders, or --shorten"
     return (
         f"{given} cannot decide this: the least that can, {trials} tuning and {n} final runs of each of {len(seconds)} "
         f"contenders and {n} A/A runs, takes about {clock(needed / workers)} on {workers} "
