@@ -46,6 +46,20 @@ def race_command(
     maximize: Annotated[bool, typer.Option("--maximize", help="Of a command: more is better.")] = False,
     lr: Annotated[float | None, typer.Option(help="Of a command: where the grid of rates is centred.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Of a command: seconds after which a run is given up.")] = None,
+    tune: Annotated[str | None, typer.Option(help="What is tuned: lr, or e.g. lr,weight_decay,betas.")] = None,
+    search: Annotated[
+        str | None, typer.Option(help="grid (lr alone), sobol or optuna; grid or sobol if not given.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Tuning runs of each contender; 13 for lr alone.")] = None,
+    looks: Annotated[
+        bool | None, typer.Option("--looks", help="Judge at 6, 10, 16, 30 seeds; end where all are decided.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Trials and seeds to fit: 20m, 90s, 1h30m.")] = None,
+    gpu_hours: Annotated[float | None, typer.Option(help="The same, in hours of one device.")] = None,
+    shorten: Annotated[bool | None, typer.Option("--shorten", help="Let the budget take steps away too.")] = None,
+    barnacles: Annotated[
+        bool | None, typer.Option("--barnacles", help="Race the winning stack without each of its pieces.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Race contenders on a task: which of them helps, at an equal tuning budget, on fresh paired seeds.
@@ -56,6 +70,8 @@ def race_command(
     options: dict[str, Any] = {
         "baseline": baseline, "seeds": FLOOR if quick else seeds, "steps": steps, "workers": workers,
         "device": device, "seed": seed, "engine": engine, "on": on,
+        "tune": tuple(part.strip() for part in tune.split(",")) if tune else None, "search": search, "trials": trials,
+        "looks": looks, "budget": budget, "gpu_hours": gpu_hours, "shorten": shorten, "barnacles": barnacles,
     }  # fmt: skip
     of_command = _given({
         "metric": metric, "metric_file": metric_file, "maximize": maximize or None, "lr": lr, "timeout": timeout,

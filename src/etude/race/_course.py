@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 
 from etude.race._model import Cell, Outcome, Plan
 from etude.race.executors import Executor
+from etude.race.looks import decided, stages
 from etude.race.pool import cell_request, outcome_of
 from etude.race.progress import Voice
+from etude.race.search import search_of
 from etude.race.store import Ledger
-from etude.race.verdict import choose_lr, next_trials
 
 
 class Course:
@@ -28,14 +29,19 @@ class Course:
         """Every outcome of the plan, in the plan's order, whatever the order in which they finished."""
         plan = self.plan
         tuned = self._tune()
-        lrs = {
-            name: choose_lr(tuned[name], plan.minimize)[0] if tuned[name] else plan.grids[name][0]
-            for name in plan.contenders
-        }
-        finals = [[Cell(name, "final", lrs[name], seed) for seed in plan.final_seeds] for name in plan.contenders]
-        controls = [Cell(plan.baseline, "aa", lrs[plan.baseline], seed) for seed in plan.aa_seeds]
-        ran = self._finish(_interleaved([*finals, controls]))
-        return (*(o for name in plan.contenders for o in tuned[name]), *ran)
+        best = {name: search_of(plan, name).choose(tuned[name]) for name in plan.contenders}
+
+        def cells(name: str, stage: str, seeds: Iterable[int]) -> list[Cell]:
+            return [Cell(name, stage, best[name].lr, seed, best[name].more) for seed in seeds]
+
+        outcomes = tuple(o for name in plan.contenders for o in tuned[name])
+        for stage in stages(plan):
+            finals = [cells(name, "final", stage.final_seeds) for name in plan.contenders]
+            controls = cells(plan.baseline, "aa", stage.aa_seeds)
+            ran = self._finish(_interleaved([*finals, controls]))
+            if plan.looks and decided(stage, [*outcomes, *ran]):
+                break
+        return (*outcomes, *ran)
 
     def _tune(self) -> dict[str, list[Outcome]]:
         """The tuning runs. A contender's next trials depend on its own finished runs alone: a resumed race agrees."""
@@ -49,15 +55,13 @@ class Course:
             nonlocal total
             todo: list[Cell] = []
             while not todo:
-                trials = next_trials(
-                    plan.grids[name], known[name], plan.tune_budget, plan.tune_seeds, minimize=plan.minimize
-                )
+                trials = search_of(plan, name).ask(known[name])
                 if not trials:
                     spared = plan.tune_budget - len(known[name])
                     self.left[name] -= spared
                     total -= spared
                     break
-                cells = [Cell(name, "tune", lr, plan.tune_seeds[i]) for lr, i in trials]
+                cells = [Cell(name, "tune", lr, plan.tune_seeds[i], more) for (lr, more), i in trials]
                 held = [outcome for cell in cells if (outcome := self.ledger.get(cell)) is not None]
                 todo = [cell for cell in cells if self.ledger.get(cell) is None]
                 known[name] += held

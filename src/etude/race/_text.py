@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from etude.race._asked import MOST
 from etude.race._model import Plan, Result, Standing
+from etude.race._remarks import remarks
 from etude.race.verdict import DIFFERENT
 
 Pair = tuple[float, float]
@@ -160,7 +161,7 @@ def notes(result: Result) -> list[tuple[str, str]]:
     if base.at_edge:
         lines.append(("bad", f"{base.contender}'s lr is at the edge of its grid; mistrust “better”."))
     lines += [("bad", line) for s in result.standings if (line := failed_runs(s))]
-    return lines
+    return lines + remarks(result)
 
 
 def _open(result: Result) -> str:

@@ -86,6 +86,10 @@ class Command:
         text = " ".join([rule] * bool(rule) + [f"{name}={value}" for name, value in words.items()])
         return text, self._centre(rule, centre, asked) if "lr" in self.places else 0.0
 
+    def knobs(self, contender: str) -> dict[str, Any]:
+        """What beside lr can be tuned: nothing, a contender says its other values itself."""
+        return {}
+
     def _centre(self, rule: str, given: str | None, asked: str) -> float:
         """What the contender says, else the command's ``lr``, else the catalogue."""
         try:

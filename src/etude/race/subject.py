@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,6 +28,9 @@ class Subject(Protocol):
 
     def entry(self, asked: str) -> tuple[str, float]:
         """A contender's canonical text without its learning rate, and the learning rate its grid is centred on."""
+
+    def knobs(self, contender: str) -> Mapping[str, Any]:
+        """What could be tuned of a contender beside lr, by name, with the values it starts from."""
 
     def open(self, seed: int) -> Opened:
         """What it is, seen at one seed; refuses what cannot be raced."""
@@ -67,6 +71,10 @@ class TaskSubject:
         if not isinstance(centre, (int, float)) or not 0 < centre < 1000:
             raise InputError(f"the contender {asked!r}: its lr, {centre}, cannot centre a grid; give one in (0, 1000)")
         return str(recipe.with_knobs(lr=default)), float(centre)
+
+    def knobs(self, contender: str) -> Mapping[str, Any]:
+        rule = next(part for part in recipes.parse(contender).parts if part.room == "rules")
+        return {**rule.method.knobs, **dict(rule.knobs)}
 
     def open(self, seed: int) -> Opened:
         task = open_task(self.found, seed)
