@@ -117,6 +117,16 @@ def race(ctx: typer.Context) -> None:
     raise typer.Exit(alone(ctx.args, prog_name="etude race", standalone_mode=False) or 0)
 
 
+@app.command("branch", add_help_option=False, context_settings=_PASS_ON)
+def branch(ctx: typer.Context) -> None:
+    """Train up to a branch point, from which a race can go on."""
+    from etude.race._cli_branch import branch_command
+
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    alone.command(context_settings=_HELP)(branch_command)
+    raise typer.Exit(alone(ctx.args, prog_name="etude branch", standalone_mode=False) or 0)
+
+
 def _print_json(found: list[Record]) -> None:
     print(json.dumps(found, indent=2, ensure_ascii=False))
 

@@ -18,7 +18,10 @@ from etude.race.report import to_json
 def race_command(
     task: Annotated[
         str | None,
-        typer.Argument(help="A built-in task (digits), or path/to/my_task.py[:factory].", show_default=False),
+        typer.Argument(
+            help="A built-in task (digits, bytes, …), path/to/my_task.py[:factory], or with --data a model.",
+            show_default=False,
+        ),
     ] = None,
     contenders: Annotated[
         list[str] | None, typer.Argument(help='Recipes, baseline first: adamw muon "adamw + dyt".', show_default=False)
@@ -39,12 +42,20 @@ def race_command(
     seed: Annotated[int | None, typer.Option(help="Another seed, another race; 0 if not given.")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, loop or population; auto if not given.")] = None,
     on: Annotated[str | None, typer.Option(help="Where the runs are trained; here if not given.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A CSV, Parquet or npz file, or hf:name; the task is then a model.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The column of --data that is predicted.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Weights from which every run starts, or a branch point of etude branch.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Race contenders on a task: which of them helps, at an equal tuning budget, on fresh paired seeds."""
     options: dict[str, Any] = {
         "baseline": baseline, "seeds": FLOOR if quick else seeds, "steps": steps, "workers": workers,
         "device": device, "seed": seed, "engine": engine, "on": on,
+        "data": data, "target": target, "checkpoint": checkpoint,
     }  # fmt: skip
     try:
         if quick and seeds is not None:

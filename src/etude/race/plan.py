@@ -22,7 +22,7 @@ from etude.race.verdict import visible_effect
 GRID = 7
 FACTOR = math.sqrt(10)
 TUNE_SEEDS = 3
-_DECIDES = {"loop", "subject", "task", "tasks"}
+_DECIDES = {"_checkpoint", "bridges", "loop", "models", "subject", "task", "tasks"}
 """What of the race's own code decides the result of a cell."""
 
 
@@ -111,7 +111,7 @@ def _source() -> str:
     for file in sorted(root.rglob("*.py")):
         part = file.relative_to(root).parts
         if part[0] in ("catalogue", "doctor", "cli.py", "_commands.py") or (
-            part[0] == "race" and file.stem not in _DECIDES
+            part[0] == "race" and part[1].removesuffix(".py") not in _DECIDES
         ):
             continue
         digest.update(file.read_bytes())
