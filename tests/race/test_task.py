@@ -301,7 +301,9 @@ def test_no_stage_shares_a_seed_and_more_seeds_only_add():
 
 
 def test_every_contender_of_a_seed_starts_at_the_same_weights_and_sees_the_same_batches():
-    runs = [loop.Run(tiny("task"), Cell(c, "tune", 0.1, 5), steps=8, device="cpu") for c in ("adamw", "sgd(momentum=0.9)")]
+    runs = [
+        loop.Run(tiny("task"), Cell(c, "tune", 0.1, 5), steps=8, device="cpu") for c in ("adamw", "sgd(momentum=0.9)")
+    ]
     one, two = ([p.detach().clone() for p in run.model.parameters()] for run in runs)
     assert all(map(torch.equal, one, two))
     assert all(torch.equal(next(runs[0].stream)[0], next(runs[1].stream)[0]) for _ in range(5))

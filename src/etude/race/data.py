@@ -188,11 +188,12 @@ def _targets(where: str, array: Any) -> tuple[Tensor, tuple[str, ...]]:
     if array.ndim > 1:
         return _whole(array), ()
     levels, index = np.unique(array, return_inverse=True)
-    labels = array.dtype.kind in "biu" and np.array_equal(levels, np.arange(len(levels)))
+    few = len(levels) <= len(array) // 2
+    labels = few and array.dtype.kind in "biu" and np.array_equal(levels, np.arange(len(levels)))
     if len(levels) < 2:
         raise InputError(f"{where}: all {len(array)} values are the same")
     if labels or array.dtype.kind == "U":
-        if len(levels) > len(array) // 2:
+        if not few:
             raise InputError(f"{where}: {len(levels)} classes among {len(array)} examples")
         return torch.as_tensor(index.reshape(-1)), tuple(map(str, levels))
     return torch.as_tensor(array.astype("float32"))[:, None], ()

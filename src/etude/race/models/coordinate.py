@@ -23,16 +23,15 @@ class Sine(nn.Module):
         return f"omega={self.omega:g}"
 
 
-class Coordinate(nn.Sequential):
+def siren(inputs: int, outputs: int, width: int = 64, depth: int = 3, omega: float = 30.0) -> nn.Sequential:
     """Linear → sin(omega ·) for each of ``depth`` layers, then a linear head. x: [n, inputs], in [-1, 1].
 
     Weights as in the paper: uniform within 1 / inputs in the first layer, within √(6 / width) / omega in the others.
     """
-
-    def __init__(self, inputs: int, outputs: int, width: int = 64, depth: int = 3, omega: float = 30.0):
-        widths = [inputs, *[width] * depth]
-        parts = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), Sine(omega))]
-        super().__init__(*parts, nn.Linear(width, outputs))
-        for i, layer in enumerate(m for m in self if isinstance(m, nn.Linear)):
-            bound = math.sqrt(6 / layer.in_features) / omega if i else 1 / inputs
-            nn.init.uniform_(layer.weight, -bound, bound)
+    widths = [inputs, *[width] * depth]
+    hidden = [m for a, b in itertools.pairwise(widths) for m in (nn.Linear(a, b), Sine(omega))]
+    model = nn.Sequential(*hidden, nn.Linear(width, outputs))
+    for i, layer in enumerate(m for m in model if isinstance(m, nn.Linear)):
+        bound = math.sqrt(6 / layer.in_features) / omega if i else 1 / inputs
+        nn.init.uniform_(layer.weight, -bound, bound)
+    return model

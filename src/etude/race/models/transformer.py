@@ -13,17 +13,15 @@ MakeAttention = Callable[..., nn.Module]
 """(d, heads, causal=…) → the module that mixes tokens: `blocks.attention`, `blocks.qk_norm`, …"""
 
 
-class Layers(nn.Sequential):
+def _layers(
+    d: int, heads: int, depth: int, causal: bool, norm: MakeNorm, place: Place, mixer: MakeAttention
+) -> nn.Sequential:
     """``depth`` × (attention, then two linear layers four times as wide between), each placed; one norm at the end."""
-
-    def __init__(
-        self, d: int, heads: int, depth: int, causal: bool, norm: MakeNorm, place: Place, mixer: MakeAttention
-    ):
-        parts: list[nn.Module] = []
-        for _ in range(depth):
-            wide = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
-            parts += [place(d, mixer(d, heads, causal=causal), norm), place(d, wide, norm)]
-        super().__init__(*parts, norm(d))
+    parts: list[nn.Module] = []
+    for _ in range(depth):
+        wide = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
+        parts += [place(d, mixer(d, heads, causal=causal), norm), place(d, wide, norm)]
+    return nn.Sequential(*parts, norm(d))
 
 
 class GPT(nn.Module):
@@ -43,7 +41,7 @@ class GPT(nn.Module):
     ):
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, d), nn.Embedding(context, d)
-        self.layers = Layers(d, heads, depth, True, norm, place, mixer)
+        self.layers = _layers(d, heads, depth, True, norm, place, mixer)
         self.head = nn.Linear(d, vocabulary, bias=False)
         for weight in (self.token.weight, self.position.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
@@ -75,7 +73,7 @@ class ViT(nn.Module):
             raise ValueError(f"patches of {patch} pixels do not tile an image of {size}")
         self.patches = nn.Unfold(patch, stride=patch)
         self.token, self.position = nn.Linear(c * patch**2, d), nn.Embedding((size // patch) ** 2, d)
-        self.layers = Layers(d, heads, depth, False, norm, place, mixer)
+        self.layers = _layers(d, heads, depth, False, norm, place, mixer)
         self.head = nn.Linear(d, classes)
         nn.init.normal_(self.position.weight, std=0.02)
 

@@ -15,7 +15,7 @@ from etude.race.models import GPT
 from etude.race.task import Task
 
 CONTEXT = 128
-_TRAIN, _HELD_OUT = 1_000_000, 25_000
+_TRAIN, _HELD_OUT = 1_000_000, 20_000
 """Bytes at most."""
 
 
@@ -24,7 +24,7 @@ def task(seed: int) -> Task:
     train, valid, test = _blocks()
     torch.manual_seed(seed)
     model = GPT(256, CONTEXT, d=64, heads=4, depth=2)
-    return Task(model, train, valid, _nats, steps=300, batch=8, test=test, metric=_bits, name="bits per byte")
+    return Task(model, train, valid, _nats, steps=250, batch=8, test=test, metric=_bits, name="bits per byte")
 
 
 def _nats(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from etude.race._errors import InputError
-from etude.race.models import Coordinate
+from etude.race.models import siren
 from etude.race.task import Task
 
 _SIZE = (72, 108)
@@ -28,7 +28,7 @@ def flower(seed: int) -> Task:
 def _task(photo: str, seed: int) -> Task:
     train, valid, test = _pixels(photo)
     torch.manual_seed(seed)
-    model = Coordinate(2, 3, width=64, depth=3)
+    model = siren(2, 3, width=64, depth=3)
     loss = nn.functional.mse_loss
     return Task(
         model, train, valid, loss, steps=600, batch=512, test=test, metric=_psnr, name="PSNR [dB]", minimize=False
