@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,12 +14,16 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from etude import blocks, norms
 from etude._roles import roles
 from etude.race import Cell, InputError, Task, loop, models
+from etude.race._probe import probe_all
+from etude.race.pool import Pool
+from etude.race.progress import Voice
 from etude.race.subject import find, open_task
 from etude.race.task import as_batch, forward, plain_tensor
 from etude.race.tasks import Found, builtin, find_task
 from etude.race.tasks.bytes import _blocks
 from etude.race.tasks.photo import _pixels
 
+HERE = Path(__file__).parent
 X = torch.linspace(-1, 1, 32).reshape(16, 2)
 Y = X.sum(1, keepdim=True)
 NAMES = [
@@ -287,6 +292,22 @@ def test_a_factory_that_is_not_deterministic_is_detected_and_said():
         open_task(found(weights), 0)
     with pytest.raises(InputError, match="the same seed gives other data; nothing but the generator"):
         open_task(found(shuffled), 0)
+
+
+def probed(*names):
+    with Pool(str(HERE / "tiny.py"), steps=24, device="cpu", workers=1) as pool:
+        return probe_all(pool, Voice(quiet=True), dict.fromkeys(names, 0.01), {})
+
+
+def test_two_contenders_that_are_the_same_are_said():
+    with pytest.raises(InputError, match=r"adam and adamw\(weight_decay=0.0\) are the same on this model") as caught:
+        probed("lion", "adam", "adamw(weight_decay=0.0)")
+    assert "\n" not in str(caught.value)
+
+
+def test_contenders_that_part_late_are_not_the_same():
+    """What the few steps of a probe do not tell apart, the whole schedule does."""
+    assert len({p["digest"] for p in probed("lion", "adamw", "adamw + swa(start=22)").values()}) == 3
 
 
 # -- from parts -------------------------------------------------------------------------------------------------------

@@ -38,16 +38,24 @@ class Branched(Task):
     position: Position | None = None
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
-        assert self.position is not None
-        was = torch.Generator()
-        was.set_state(self.position.generator)
-        if isinstance(self.train, tuple):
-            n = len(as_batch(self.train)[1])
-            left = torch.randperm(n, generator=was)[self.position.drawn * self.batch :]
-            yield from self.drawn(left[torch.randperm(len(left), generator=generator)])
-        else:
-            yield from itertools.islice(self.epoch(was), self.position.drawn, None)
+        if callable(self.train):
+            assert self.position is not None
+            yield from itertools.islice(self.epoch(self._was()), self.position.drawn, None)
         yield from super().batches(generator)
+
+    def rows(self, generator: torch.Generator) -> Iterator[Tensor]:
+        assert self.position is not None
+        order = torch.randperm(len(as_batch(self.train)[1]), generator=self._was())
+        left = order[self.position.drawn * self.batch :]
+        yield from self.split(left[torch.randperm(len(left), generator=generator)])
+        yield from super().rows(generator)
+
+    def _was(self) -> torch.Generator:
+        """The generator as it was before the epoch under way."""
+        assert self.position is not None
+        generator = torch.Generator()
+        generator.set_state(self.position.generator)
+        return generator
 
 
 def watched(task: Task, generator: torch.Generator, at: dict[str, Any]) -> Iterator[Batch]:

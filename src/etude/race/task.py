@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -52,7 +53,9 @@ class Task:
             raise ValueError("the model has lazy layers; give their sizes, or run a batch through it in the factory")
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"a task has steps ≥ 1 and batch ≥ 1; these are {self.steps} and {self.batch}")
-        if not isinstance(self.train, DataLoader) and not callable(self.train):
+        if isinstance(self.train, DataLoader):
+            self.train = functools.partial(reshuffled, self.train)
+        elif not callable(self.train):
             self.train = _checked_train(self.train, self.batch)
         for name, data in (("valid", self.valid), ("test", () if self.test is None else self.test)):
             _check_held_out(name, data)
@@ -61,6 +64,9 @@ class Task:
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Training batches without end, epoch after epoch, in an order that the generator alone decides."""
+        if not callable(self.train):
+            yield from map(self.batch_of, self.rows(generator))
+            return
         while True:
             epoch = self.epoch(generator)
             first = next(epoch, None)
@@ -71,17 +77,26 @@ class Task:
 
     def epoch(self, generator: torch.Generator) -> Iterator[Batch]:
         """One epoch of training batches."""
-        if isinstance(self.train, DataLoader):
-            return map(as_batch, reshuffled(self.train, generator))
         if callable(self.train):
             return map(as_batch, self.train(generator))
-        return self.drawn(torch.randperm(len(as_batch(self.train)[1]), generator=generator))
+        return map(self.batch_of, self.split(torch.randperm(len(as_batch(self.train)[1]), generator=generator)))
 
-    def drawn(self, order: Tensor) -> Iterator[Batch]:
-        """Whole batches of the training examples in this order."""
+    def rows(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """Which rows of the training tensors make each batch, without end; what an epoch leaves over is left out."""
+        count = len(as_batch(self.train)[1])
+        while True:
+            yield from self.split(torch.randperm(count, generator=generator))
+
+    def split(self, order: Tensor) -> tuple[Tensor, ...]:
+        """An order of the rows in whole batches."""
+        return (
+            torch.split(order[: len(order) // self.batch * self.batch], self.batch) if len(order) >= self.batch else ()
+        )
+
+    def batch_of(self, rows: Tensor) -> Batch:
+        """These rows of the training tensors."""
         inputs, targets = as_batch(self.train)
-        whole = (rows for rows in torch.split(order, self.batch) if len(rows) == self.batch)
-        return ((_rows(inputs, rows), targets[rows]) for rows in whole)
+        return _rows(inputs, rows), targets[rows]
 
     def training_loss(self, model: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
         """The mean loss of a batch; a loss of another shape than the contract's is refused, never averaged."""
@@ -97,7 +112,7 @@ class Task:
         total, count = 0.0, 0
         was_training = model.training
         model.eval()
-        for inputs, targets in _batches(data):
+        for inputs, targets in batches_of(data):
             inputs, targets = to_device(inputs, device), to_device(targets, device)
             value = torch.as_tensor((self.metric or self.loss)(forward(model, inputs), targets))
             _check_values("metric", value, len(targets))
@@ -109,11 +124,11 @@ class Task:
     def data_hash(self) -> str:
         """sha256 of the data; of a stream, its first eight batches under seed 0."""
         digest = hashlib.sha256()
-        streamed = callable(self.train) or isinstance(self.train, DataLoader)
-        train = list(itertools.islice(self.batches(torch.Generator().manual_seed(0)), 8)) if streamed else self.train
+        first = itertools.islice(self.batches(torch.Generator().manual_seed(0)), 8)
+        train = list(first) if callable(self.train) else self.train
         _feed(digest, train)
         for data in (self.valid, self.test):
-            for batch in _batches(data) if data is not None else ():
+            for batch in batches_of(data) if data is not None else ():
                 _feed(digest, batch)
             digest.update(b"end")
         return digest.hexdigest()
@@ -238,7 +253,7 @@ def _is_batch(data: Any) -> bool:
     return pair and not isinstance(data[0], tuple) and not isinstance(data[1], Mapping)
 
 
-def _batches(data: Any) -> Iterator[Batch]:
+def batches_of(data: Any) -> Iterator[Batch]:
     """The batches of held-out data, one or several; none is an error."""
     examples = 0
     for inputs, targets in map(as_batch, [data] if _is_batch(data) else data):
