@@ -133,6 +133,16 @@ def _alone(command: Callable[..., int], name: str, args: list[str], obj: Any = N
     return alone(args, prog_name=f"etude {name}", standalone_mode=False, obj=obj) or 0
 
 
+@app.command("branch", add_help_option=False, context_settings=_PASS_ON)
+def branch(ctx: typer.Context) -> None:
+    """Train up to a branch point, from which a race can go on."""
+    from etude.race._cli_branch import branch_command
+
+    alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    alone.command(context_settings=_HELP)(branch_command)
+    raise typer.Exit(alone(ctx.args, prog_name="etude branch", standalone_mode=False) or 0)
+
+
 def _print_json(found: list[Record]) -> None:
     print(json.dumps(found, indent=2, ensure_ascii=False))
 

@@ -78,7 +78,7 @@ def test_the_metric_counts_examples_not_batches():
 
 def test_measuring_is_in_evaluation_mode_and_leaves_the_model_as_it_was():
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1)).train()
-    task = Task(model, (X, Y), (X, Y), nn.functional.mse_loss, 5)
+    task = Task(model, (X, Y), (X, Y), nn.functional.mse_loss, 5, batch=4)
     assert task.measure(model, task.valid) == task.measure(model, task.valid)
     assert model.training
 
@@ -97,8 +97,12 @@ def test_the_data_hash_sees_every_value(part):
         ({"steps": 0}, "steps ≥ 1"),
         ({"train": (X, Y[:3])}, "10 inputs and 3 targets"),
         ({"train": (X[:0], Y[:0])}, "train holds no example"),
-        ({"train": DataLoader(TensorDataset(X, Y))}, "train is a pair of tensors .*; this is a DataLoader"),
-        ({"train": (X.numpy(), Y.numpy())}, "train is a pair of tensors .*; this is a tuple of ndarray, ndarray"),
+        ({"train": TensorDataset(X, Y)}, "train is a pair of tensors .*; this is a TensorDataset"),
+        ({"train": (X.tolist(), Y.tolist())}, "train is a pair of tensors .*; this is a tuple of list, list"),
+        ({"train": {"x": X}}, "train is a pair of tensors .*; this is a dict of x"),
+        ({"train": ({"x": X[:4]}, Y)}, "4 inputs and 10 targets"),
+        ({"batch": 11}, "train holds 10 examples, fewer than one batch of 11; give batch=10 or less"),
+        ({"valid": DataLoader(TensorDataset(X, Y), shuffle=True)}, "valid is a DataLoader that shuffles"),
         ({"valid": [X, Y]}, r"valid is one batch, the tuple \(inputs, targets\).*; this is a list of Tensor, Tensor"),
         ({"valid": TensorDataset(X, Y)}, "valid is one batch.*; this is a TensorDataset"),
         ({"test": (X, Y, Y)}, "test is one batch.*; this is a tuple of Tensor, Tensor, Tensor"),
@@ -123,9 +127,9 @@ def test_held_out_data_without_an_example_are_refused(part, empty):
 def test_a_model_that_has_no_weights_yet_is_refused_until_it_has_seen_a_batch():
     lazy = nn.LazyLinear(1)
     with pytest.raises(ValueError, match="lazy layers"):
-        Task(lazy, (X, Y), (X, Y), nn.functional.mse_loss, 5)
+        Task(lazy, (X, Y), (X, Y), nn.functional.mse_loss, 5, batch=4)
     lazy(X)
-    Task(lazy, (X, Y), (X, Y), nn.functional.mse_loss, 5)
+    Task(lazy, (X, Y), (X, Y), nn.functional.mse_loss, 5, batch=4)
 
 
 def test_held_out_data_may_be_whatever_can_be_read_again():
@@ -156,7 +160,7 @@ NET = nn.Linear(1, 1)
 
 
 def with_model(model):
-    return Task(model, (X, Y), (X, Y), nn.functional.mse_loss, 5)
+    return Task(model, (X, Y), (X, Y), nn.functional.mse_loss, 5, batch=4)
 
 
 def sharing_storage(seed):

@@ -20,7 +20,10 @@ def race_command(
     ctx: typer.Context,
     task: Annotated[
         str | None,
-        typer.Argument(help="A built-in task (digits), or path/to/my_task.py[:factory].", show_default=False),
+        typer.Argument(
+            help="A built-in task (digits, bytes, …), path/to/my_task.py[:factory], or with --data a model.",
+            show_default=False,
+        ),
     ] = None,
     contenders: Annotated[
         list[str] | None, typer.Argument(help='Recipes, baseline first: adamw muon "adamw + dyt".', show_default=False)
@@ -60,6 +63,13 @@ def race_command(
     barnacles: Annotated[
         bool | None, typer.Option("--barnacles", help="Race the winning stack without each of its pieces.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A CSV, Parquet or npz file, or hf:name; the task is then a model.")
+    ] = None,
+    target: Annotated[str | None, typer.Option(help="The column of --data that is predicted.")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Weights from which every run starts, or a branch point of etude branch.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Race contenders on a task: which of them helps, at an equal tuning budget, on fresh paired seeds.
@@ -72,6 +82,7 @@ def race_command(
         "device": device, "seed": seed, "engine": engine, "on": on,
         "tune": tuple(part.strip() for part in tune.split(",")) if tune else None, "search": search, "trials": trials,
         "looks": looks, "budget": budget, "gpu_hours": gpu_hours, "shorten": shorten, "barnacles": barnacles,
+        "data": data, "target": target, "checkpoint": checkpoint,
     }  # fmt: skip
     of_command = _given({
         "metric": metric, "metric_file": metric_file, "maximize": maximize or None, "lr": lr, "timeout": timeout,

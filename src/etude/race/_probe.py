@@ -34,7 +34,20 @@ def probe_all(pool: Executor, voice: Voice, lines: Mapping[str, float], known: d
                     f"{name} is a no-op on this model: it trains to the same weights and outputs as {names[0]}"
                 )
             probes[name]["digest"] = digest  # unlike the baseline's: a race resumed need not try again
+    _refuse_twins(pool, probes, names, lr)
     return probes
+
+
+def _refuse_twins(pool: Executor, probes: dict[str, Any], names: Sequence[str], lr: float) -> None:
+    """Two contenders that train to the same weights and outputs at the same lr are one."""
+    digests = [probes[name]["digest"] for name in names]
+    twins = [name for name, digest in zip(names, digests) if digest and digests.count(digest) > 1]
+    seen: dict[str, str] = {}
+    for name, held in (_probed(pool, twins, lr, whole=True) if twins else {}).items():
+        probes[name]["digest"] = digest = held["digest"]
+        if digest and digest in seen:
+            raise InputError(f"{seen[digest]} and {name} are the same on this model: they train to the same weights")
+        seen[digest] = name
 
 
 def _probed(pool: Executor, names: Sequence[str], lr: float, whole: bool = False) -> dict[str, Any]:

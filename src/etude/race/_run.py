@@ -29,7 +29,7 @@ from etude.race.report import table, to_json, write_html
 from etude.race.store import FILE, Ledger, read_fact
 from etude.race.subject import Subject, find
 from etude.race.task import Factory
-from etude.race.tasks import refuse_while_importing
+from etude.race.tasks import OPTIONS, refuse_while_importing
 from etude.race.verdict import judge
 
 
@@ -41,7 +41,8 @@ def race(
     ``task``: a built-in name, ``"path/to/my_task.py[:factory]"``, or a factory that stands in a file. ``contenders``:
     recipes, e.g. ``["adamw", "muon", "adamw + dyt"]``; the first is the ``baseline`` unless another is named.
     ``folder``: where the race gets a folder of its own, or a race's own folder, to go on with it. The same call again
-    resumes or extends it. ``options``: the fields of `Asked`: baseline, seeds, steps, workers, device, seed, …
+    resumes or extends it. ``options``: the fields of `Asked`: baseline, seeds, steps, workers, device, seed, …; and
+    what makes a task of parts or starts its runs from stored weights: data, target, checkpoint.
     """
     result = run(ask(task, contenders, **options), folder=folder, quiet=quiet)
     if not quiet:
@@ -55,7 +56,8 @@ def ask(task: Any, contenders: Any, **options: Any) -> Asked:
     if not isinstance(contenders, (list, tuple)) or not all(isinstance(text, str) for text in contenders):
         raise InputError(f'contenders are a list of recipes, e.g. ["adamw", "muon"]; this is {contenders!r}')
     given = {k: v for k, v in options.items() if v is not None}
-    asked = Asked.of({"task": find(task).ref, "contenders": tuple(contenders), **given})
+    parts = {k: str(given.pop(k)) for k in OPTIONS if k in given}  # they ride in the task's reference
+    asked = Asked.of({"task": find(task, **parts).ref, "contenders": tuple(contenders), **given})
     asked.check()
     return asked
 

@@ -39,6 +39,6 @@ def distinct(outcomes: Iterable[Outcome]) -> list[Outcome]:
 def _one(repeats: list[Outcome]) -> Outcome:
     if len(repeats) == 1:
         return repeats[0]
-    first = min(repeats, key=lambda o: (value_of(o) is not None, o.reason, o.metric or 0.0, o.seconds, o.step_seconds))
+    first = min(repeats, key=lambda o: (value_of(o) is not None, o.reason, o.metric or 0.0, o.seconds))
     values = {v for o in repeats if (v := value_of(o)) is not None}
     return first if value_of(first) is None else replace(first, metric=mean(sorted(values)))

@@ -8,6 +8,7 @@ import resource
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -71,13 +72,18 @@ class Run:
         """One training step, timed; the loss at its start."""
         start = self.now()
         inputs, targets = (to_device(part, self.device) for part in next(self.stream))
-        loss = gradients.backward(
-            self.gradient, lambda: self.task.loss(self.model(inputs), targets).mean(), self.params, self.model.buffers()
-        )
+        loss = gradients.backward(self.gradient, lambda: self._loss(inputs, targets), self.params, self.model.buffers())
         self.optimizer.step()
         self.schedule.step()
         self.times.append(self.now() - start)
         return loss
+
+    def _loss(self, inputs: Any, targets: Any) -> Tensor:
+        if self.times:
+            return self.task.training_loss(self.model, inputs, targets)
+        with warnings.catch_warnings():  # torch warns once where a loss broadcasts [n] against [n, 1]: an error here
+            warnings.filterwarnings("error", message="Using a target size")
+            return self.task.training_loss(self.model, inputs, targets)
 
     def points(self) -> Iterator[Point]:
         """Train to the end, with a point of the curve at each evaluation; ends early where the run has diverged."""

@@ -26,7 +26,7 @@ GRID = 7
 FACTOR = math.sqrt(10)
 TUNE_SEEDS = 3
 ALPHA = 0.05
-_DECIDES = {"command", "loop", "subject", "task", "tasks"}
+_DECIDES = {"_checkpoint", "bridges", "command", "loop", "models", "subject", "task", "tasks"}
 """What of the race's own code decides the result of a cell."""
 
 
@@ -143,7 +143,7 @@ def _source() -> str:
     for file in sorted(root.rglob("*.py")):
         part = file.relative_to(root).parts
         if part[0] in ("catalogue", "doctor", "cli.py", "_commands.py") or (
-            part[0] == "race" and file.stem not in _DECIDES
+            part[0] == "race" and part[1].removesuffix(".py") not in _DECIDES
         ):
             continue
         digest.update(file.read_bytes())

@@ -79,6 +79,7 @@ class TaskSubject:
     def open(self, seed: int) -> Opened:
         task = open_task(self.found, seed)
         lock = {"source": self.found.source, "data": task.data_hash(), "model": digest_state(task.model)}
+        lock |= {"checkpoint": self.found.checkpoint} if self.found.checkpoint else {}
         name = f"{'test' if task.test is not None else 'validation'} {task.name}"
         return Opened(task.steps, name, task.minimize, lock)
 
@@ -89,18 +90,19 @@ class TaskSubject:
         return loop.probe(self.found.factory, contender, lr=lr, steps=steps, device=device, whole=whole)
 
 
-def find(ref: Any) -> Subject:
-    """The subject of a reference: a built-in task, a file's factory, a factory, or a command."""
+def find(ref: Any, **options: Any) -> Subject:
+    """The subject of a reference: a task, its ``options`` as in `find_task`, or a command."""
     if isinstance(ref, str) and ref.startswith(SCHEME):
         return Command.of(ref)
-    return TaskSubject(find_task(ref))
+    return TaskSubject(find_task(ref, **options))
 
 
 def open_task(found: Found, seed: int) -> Task:
     """The task at the first tuning seed; its data must not change with the seed (R1), its models share no weights."""
     try:
         one, again, other = (loop.make_task(found.factory, s) for s in (seed, seed, seed + 1))
-        same = one.data_hash() == other.data_hash()
+        fed, built = one.data_hash(), digest_state(one.model)
+        repeated, same = again.data_hash() == fed, other.data_hash() == fed
     except InputError:
         raise
     except Exception as error:
@@ -109,6 +111,15 @@ def open_task(found: Found, seed: int) -> Task:
         raise InputError(
             f"task {found.name}: the factory returns the same model twice; build it, or copy.deepcopy it, inside the "
             "factory"
+        )
+    if digest_state(again.model) != built:
+        raise InputError(
+            f"task {found.name}: the same seed gives other weights; draw them with torch after "
+            "torch.manual_seed(seed), or seed what draws them"
+        )
+    if not repeated:
+        raise InputError(
+            f"task {found.name}: the same seed gives other data; nothing but the generator may shuffle them"
         )
     if not same:
         raise InputError(

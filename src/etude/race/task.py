@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -10,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
 
 Batch = tuple[Any, Any]
-Stream = Callable[[torch.Generator], Iterable[Batch]]
+Stream = Callable[[torch.Generator], Iterable[Any]]
 Factory = Callable[[int], "Task"]
 
 
@@ -20,22 +22,25 @@ Factory = Callable[[int], "Task"]
 class Task:
     """A model to train, data to train and judge it on, and how it is judged.
 
-    ``train``: tensors (inputs [n, …], targets [n, …]), drawn in shuffled batches of ``batch``; or a function that
-    takes a ``torch.Generator`` and returns one epoch of (input, target) batches, shuffled by nothing but that
-    generator. ``valid``: one (input, target) pair, or a list or DataLoader of batches. ``test``: likewise; when given,
-    the learning rate is chosen on ``valid`` and the verdict is taken on ``test``. ``loss``: (output, target) → one
-    value per example or their mean. ``metric``: likewise, averaged over the data; the loss when not given. ``name``
-    names the metric, ``minimize`` says whether less is better. ``steps``: length of the full schedule. ``roles``:
-    parameter name → role, where the model's own layers do not say it.
+    A batch is a pair (inputs, targets), or a dict whose ``"labels"`` are the targets. Inputs that are a dict reach the
+    model by name; of an output that has ``.logits``, the loss and the metric see those.
+
+    ``train``: a batch that holds all examples [n, …] (tensors or numpy arrays), drawn in shuffled batches of ``batch``;
+    a DataLoader, whose sampler is given the run's generator; or a function that takes a ``torch.Generator`` and returns
+    one epoch of batches, shuffled by nothing but that generator. ``valid``: one batch, or a list or DataLoader of
+    batches. ``test``: likewise; when given, the learning rate is chosen on ``valid`` and the verdict is taken on
+    ``test``. ``loss``: (output, target) → one value per example or their mean. ``metric``: likewise, averaged over the
+    data; the loss when not given. ``name`` names the metric, ``minimize`` says whether less is better. ``steps``:
+    length of the full schedule. ``roles``: parameter name → role, where the model's own layers do not say it.
     """
 
     model: nn.Module
-    train: tuple[Tensor, Tensor] | Stream
-    valid: Batch | Iterable[Batch]
+    train: Batch | Mapping[str, Any] | DataLoader[Any] | Stream
+    valid: Batch | Mapping[str, Any] | Iterable[Any]
     loss: Callable[[Any, Any], Tensor]
     steps: int
     batch: int = 32
-    test: Batch | Iterable[Batch] | None = None
+    test: Batch | Mapping[str, Any] | Iterable[Any] | None = None
     metric: Callable[[Any, Any], Tensor | float] | None = None
     name: str = "loss"
     minimize: bool = True
@@ -48,8 +53,10 @@ class Task:
             raise ValueError("the model has lazy layers; give their sizes, or run a batch through it in the factory")
         if self.steps < 1 or self.batch < 1:
             raise ValueError(f"a task has steps ≥ 1 and batch ≥ 1; these are {self.steps} and {self.batch}")
-        if not callable(self.train):
-            _check_train(self.train)
+        if isinstance(self.train, DataLoader):
+            self.train = functools.partial(reshuffled, self.train)
+        elif not callable(self.train):
+            self.train = _checked_train(self.train, self.batch)
         for name, data in (("valid", self.valid), ("test", () if self.test is None else self.test)):
             _check_held_out(name, data)
         if self.metric is None and not self.minimize:
@@ -57,30 +64,58 @@ class Task:
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Training batches without end, epoch after epoch, in an order that the generator alone decides."""
+        if not callable(self.train):
+            yield from map(self.batch_of, self.rows(generator))
+            return
         while True:
-            epoch = iter(self.train(generator) if callable(self.train) else self._shuffled(*self.train, generator))
+            epoch = self.epoch(generator)
             first = next(epoch, None)
             if first is None:
                 raise ValueError("an epoch of the task's training data holds no batch")
             yield first
             yield from epoch
 
-    def _shuffled(self, inputs: Tensor, targets: Tensor, generator: torch.Generator) -> Iterator[Batch]:
-        batch = min(self.batch, len(targets))
-        order = torch.randperm(len(targets), generator=generator)
-        for rows in torch.split(order, batch):
-            if len(rows) == batch:
-                yield inputs[rows], targets[rows]
+    def epoch(self, generator: torch.Generator) -> Iterator[Batch]:
+        """One epoch of training batches."""
+        if callable(self.train):
+            return map(as_batch, self.train(generator))
+        return map(self.batch_of, self.split(torch.randperm(len(as_batch(self.train)[1]), generator=generator)))
+
+    def rows(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """Which rows of the training tensors make each batch, without end; what an epoch leaves over is left out."""
+        count = len(as_batch(self.train)[1])
+        while True:
+            yield from self.split(torch.randperm(count, generator=generator))
+
+    def split(self, order: Tensor) -> tuple[Tensor, ...]:
+        """An order of the rows in whole batches."""
+        return (
+            torch.split(order[: len(order) // self.batch * self.batch], self.batch) if len(order) >= self.batch else ()
+        )
+
+    def batch_of(self, rows: Tensor) -> Batch:
+        """These rows of the training tensors."""
+        inputs, targets = as_batch(self.train)
+        return _rows(inputs, rows), targets[rows]
+
+    def training_loss(self, model: Callable[..., Any], inputs: Any, targets: Any) -> Tensor:
+        """The mean loss of a batch; a loss of another shape than the contract's is refused, never averaged."""
+        loss = self.loss(forward(model, inputs), targets)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the loss returns a tensor; this one returned a {type(loss).__name__}")
+        _check_values("loss", loss, len(targets))
+        return loss.mean()
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, data: Batch | Iterable[Batch], device: str = "cpu") -> float:
+    def measure(self, model: nn.Module, data: Any, device: str = "cpu") -> float:
         """The metric of ``model`` in evaluation mode, averaged over the examples of ``data``."""
         total, count = 0.0, 0
         was_training = model.training
         model.eval()
-        for inputs, targets in _batches(data):
+        for inputs, targets in batches_of(data):
             inputs, targets = to_device(inputs, device), to_device(targets, device)
-            value = torch.as_tensor((self.metric or self.loss)(model(inputs), targets))
+            value = torch.as_tensor((self.metric or self.loss)(forward(model, inputs), targets))
+            _check_values("metric", value, len(targets))
             total += value.double().mean().item() * len(targets)
             count += len(targets)
         model.train(was_training)
@@ -89,14 +124,51 @@ class Task:
     def data_hash(self) -> str:
         """sha256 of the data; of a stream, its first eight batches under seed 0."""
         digest = hashlib.sha256()
-        streamed = callable(self.train)
-        train = list(itertools.islice(self.batches(torch.Generator().manual_seed(0)), 8)) if streamed else self.train
+        first = itertools.islice(self.batches(torch.Generator().manual_seed(0)), 8)
+        train = list(first) if callable(self.train) else self.train
         _feed(digest, train)
         for data in (self.valid, self.test):
-            for batch in _batches(data) if data is not None else ():
+            for batch in batches_of(data) if data is not None else ():
                 _feed(digest, batch)
             digest.update(b"end")
         return digest.hexdigest()
+
+
+def forward(model: Callable[..., Any], inputs: Any) -> Any:
+    """The output of a model: a dict of inputs reaches it by name; of an output that has ``.logits``, those."""
+    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return getattr(output, "logits", output)
+
+
+def as_batch(given: Any) -> Batch:
+    """A batch as (inputs, targets); numpy arrays are tensors, and the ``labels`` of a dict its targets."""
+    if isinstance(given, Mapping) and "labels" in given:
+        given = {k: v for k, v in given.items() if k != "labels"}, given["labels"]
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(f"a batch is a pair (inputs, targets), or a dict with 'labels'; this is {_kind(given)}")
+    return plain_tensor(given[0]), plain_tensor(given[1])
+
+
+def plain_tensor(value: Any) -> Any:
+    """A numpy array, also inside a dict, as a tensor of torch's default float or of int64; anything else as it is."""
+    if isinstance(value, Mapping):
+        return {k: plain_tensor(v) for k, v in value.items()}
+    if type(value).__module__ != "numpy":
+        return value
+    tensor = torch.as_tensor(value)
+    if tensor.is_floating_point():
+        return tensor.to(torch.get_default_dtype())
+    return tensor if tensor.dtype in (torch.bool, torch.uint8) or tensor.is_complex() else tensor.long()
+
+
+def reshuffled(loader: DataLoader[Any], generator: torch.Generator) -> Iterator[Any]:
+    """One epoch of a DataLoader, its samplers and its workers seeded by ``generator`` alone."""
+    loader.generator = generator
+    samplers: list[Any] = [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    for sampler in samplers:
+        if hasattr(sampler, "generator"):
+            sampler.generator = generator
+    return iter(loader)
 
 
 def to_device(value: Any, device: str) -> Any:
@@ -118,44 +190,73 @@ def digest_state(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _check_train(train: Any) -> None:
-    pair = isinstance(train, (tuple, list)) and len(train) == 2
-    if not pair or not all(isinstance(part, Tensor) for part in train):
+def _checked_train(train: Any, batch: int) -> Batch:
+    mapping = isinstance(train, Mapping) and "labels" in train
+    pair: Any = as_batch(train) if mapping or (isinstance(train, (tuple, list)) and len(train) == 2) else ((), ())
+    inputs = list(pair[0].values()) if isinstance(pair[0], Mapping) else [pair[0]]
+    if not inputs or not all(isinstance(part, Tensor) for part in (*inputs, pair[1])):
         raise TypeError(
-            "train is a pair of tensors (inputs, targets), or a function of a torch.Generator that yields batches; "
-            f"this is {_kind(train)}"
+            "train is a pair of tensors (inputs, targets), a DataLoader, or a function of a torch.Generator that "
+            f"yields batches; this is {_kind(train)}"
         )
-    if len(train[0]) != len(train[1]):
-        raise ValueError(f"train has {len(train[0])} inputs and {len(train[1])} targets")
-    if not len(train[0]):
+    n = len(pair[1])
+    if wrong := [len(part) for part in inputs if len(part) != n]:
+        raise ValueError(f"train has {wrong[0]} inputs and {n} targets")
+    if not n:
         raise ValueError("train holds no example")
+    if n < batch:
+        raise ValueError(f"train holds {n} examples, fewer than one batch of {batch}; give batch={n} or less")
+    return pair  # type: ignore[no-any-return]
 
 
 def _check_held_out(name: str, data: Any) -> None:
     if isinstance(data, Iterator):
         raise TypeError(f"{name} is a one-shot iterator, spent after one pass; give a list or a DataLoader of batches")
-    bare = isinstance(data, (tuple, list)) and len(data) > 0 and isinstance(data[0], Tensor)
-    if isinstance(data, Tensor) or not isinstance(data, Iterable) or (bare and not _is_batch(data)):
+    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+        raise ValueError(f"{name} is a DataLoader that shuffles; give shuffle=False")
+    bare = isinstance(data, (tuple, list)) and len(data) > 0 and _is_array(data[0])
+    if _is_array(data) or not isinstance(data, Iterable) or (bare and not _is_batch(data)):
         raise TypeError(
             f"{name} is one batch, the tuple (inputs, targets), or a list or DataLoader of such pairs; "
             f"this is {_kind(data)}"
         )
 
 
+def _check_values(what: str, value: Tensor, examples: int) -> None:
+    if value.numel() not in (1, examples):
+        raise ValueError(
+            f"the {what} has shape {list(value.shape)} on a batch of {examples}; it is one value per example, "
+            f"[{examples}], or their mean"
+        )
+
+
+def _rows(inputs: Any, rows: Tensor) -> Any:
+    return {k: v[rows] for k, v in inputs.items()} if isinstance(inputs, Mapping) else inputs[rows]
+
+
 def _kind(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a dict of {', '.join(map(str, value)) or 'nothing'}"
     if not isinstance(value, (tuple, list)):
         return f"a {type(value).__name__}"
     return f"a {type(value).__name__} of {', '.join(type(part).__name__ for part in value) or 'nothing'}"
 
 
+def _is_array(value: Any) -> bool:
+    return isinstance(value, Tensor) or type(value).__module__ == "numpy"
+
+
 def _is_batch(data: Any) -> bool:
-    return isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], tuple)
+    if isinstance(data, Mapping):
+        return True
+    pair = isinstance(data, tuple) and len(data) == 2
+    return pair and not isinstance(data[0], tuple) and not isinstance(data[1], Mapping)
 
 
-def _batches(data: Any) -> Iterator[Batch]:
+def batches_of(data: Any) -> Iterator[Batch]:
     """The batches of held-out data, one or several; none is an error."""
     examples = 0
-    for inputs, targets in [data] if _is_batch(data) else data:
+    for inputs, targets in map(as_batch, [data] if _is_batch(data) else data):
         examples += len(targets)
         yield inputs, targets
     if not examples:
