@@ -57,20 +57,24 @@ class Task:
 
     def batches(self, generator: torch.Generator) -> Iterator[Batch]:
         """Training batches without end, epoch after epoch, in an order that the generator alone decides."""
+        if not callable(self.train):
+            inputs, targets = self.train
+            yield from ((inputs[rows], targets[rows]) for rows in self.rows(generator))
+            return
         while True:
-            epoch = iter(self.train(generator) if callable(self.train) else self._shuffled(*self.train, generator))
+            epoch = iter(self.train(generator))
             first = next(epoch, None)
             if first is None:
                 raise ValueError("an epoch of the task's training data holds no batch")
             yield first
             yield from epoch
 
-    def _shuffled(self, inputs: Tensor, targets: Tensor, generator: torch.Generator) -> Iterator[Batch]:
-        batch = min(self.batch, len(targets))
-        order = torch.randperm(len(targets), generator=generator)
-        for rows in torch.split(order, batch):
-            if len(rows) == batch:
-                yield inputs[rows], targets[rows]
+    def rows(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """Which rows of the training tensors make each batch, without end; what an epoch leaves over is left out."""
+        count = len(self.train[1])  # type: ignore[index, arg-type]
+        batch = min(self.batch, count)
+        while True:
+            yield from torch.randperm(count, generator=generator)[: count // batch * batch].split(batch)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, data: Batch | Iterable[Batch], device: str = "cpu") -> float:
@@ -78,7 +82,7 @@ class Task:
         total, count = 0.0, 0
         was_training = model.training
         model.eval()
-        for inputs, targets in _batches(data):
+        for inputs, targets in batches_of(data):
             inputs, targets = to_device(inputs, device), to_device(targets, device)
             value = torch.as_tensor((self.metric or self.loss)(model(inputs), targets))
             total += value.double().mean().item() * len(targets)
@@ -93,7 +97,7 @@ class Task:
         train = list(itertools.islice(self.batches(torch.Generator().manual_seed(0)), 8)) if streamed else self.train
         _feed(digest, train)
         for data in (self.valid, self.test):
-            for batch in _batches(data) if data is not None else ():
+            for batch in batches_of(data) if data is not None else ():
                 _feed(digest, batch)
             digest.update(b"end")
         return digest.hexdigest()
@@ -152,7 +156,7 @@ def _is_batch(data: Any) -> bool:
     return isinstance(data, tuple) and len(data) == 2 and not isinstance(data[0], tuple)
 
 
-def _batches(data: Any) -> Iterator[Batch]:
+def batches_of(data: Any) -> Iterator[Batch]:
     """The batches of held-out data, one or several; none is an error."""
     examples = 0
     for inputs, targets in [data] if _is_batch(data) else data:
