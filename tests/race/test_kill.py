@@ -25,7 +25,7 @@ RACE = "from etude.cli import main; main()"
 
 def start(folder, **more):
     """``etude race`` in a process of its own: 2 contenders, 6 seeds, 44 runs."""
-    asked = ["race", str(TINY), "adamw", "lion", "--quick", "--steps", "240", "--workers", "1", "--folder", str(folder)]
+    asked = ["race", str(TINY), "adamw", "lion", "--quick", "--steps", "240", "--workers", "1", "--engine", "loop", "--folder", str(folder)]
     return subprocess.Popen(
         [sys.executable, "-c", RACE, *asked],
         stdout=subprocess.PIPE,

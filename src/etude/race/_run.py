@@ -18,13 +18,13 @@ from etude.race._asked import SEEDS, Asked
 from etude.race._course import Course
 from etude.race._errors import InputError, RaceError
 from etude.race._model import Plan, Result, canonical
-from etude.race._probe import probe_all
+from etude.race._probe import choose_engines, probe_all
 from etude.race.executors import open_executor
 from etude.race.plan import entries, folder_name, make_lock, make_plan, seeds_of
 from etude.race.progress import Voice, clock
 from etude.race.report import table, to_json, write_html
 from etude.race.store import FILE, Ledger, read_fact
-from etude.race.subject import find
+from etude.race.subject import TaskSubject, find
 from etude.race.task import Factory
 from etude.race.tasks import refuse_while_importing
 from etude.race.verdict import judge
@@ -97,10 +97,20 @@ def run(asked: Asked, *, folder: str | Path = "runs", quiet: bool = False) -> Re
         ledger.set_fact("asked", asked.plain())
         seconds = {name: probes[name]["seconds"] for name in lines}
         plan = make_plan(subject, opened, lines, asked, seconds=seconds, workers=workers)
+        engines = ledger.fact("engines") or {}
+        if isinstance(subject, TaskSubject):
+            runs = {name: plan.tune_budget + len(plan.final_seeds) for name in lines}
+            runs[plan.baseline] += len(plan.aa_seeds)
+            engines = choose_engines(
+                executor, voice, lines, engines, engine=asked.engine, runs=runs, seconds=seconds,
+                cells=len(plan.final_seeds), workers=workers,
+            )  # fmt: skip
+            ledger.set_fact("engines", engines)
+            plan = replace(plan, seconds_per_run={n: engines[n]["seconds"] or s for n, s in seconds.items()})
         memory = workers * max(probes[name]["bytes"] for name in lines)
         _announce(voice, plan, memory=memory, held=len(ledger), folder=folder)
         try:
-            outcomes = Course(plan, ledger, executor, voice).run()
+            outcomes = Course(plan, ledger, executor, voice, engines).run()
         except KeyboardInterrupt:
             voice.line("stopped", f"{len(ledger)} finished runs are kept in {folder}; the same command resumes")
             raise

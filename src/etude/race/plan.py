@@ -22,7 +22,7 @@ from etude.race.verdict import visible_effect
 GRID = 7
 FACTOR = math.sqrt(10)
 TUNE_SEEDS = 3
-_DECIDES = {"loop", "subject", "task", "tasks"}
+_DECIDES = {"_stacks", "_traced", "loop", "population", "subject", "task", "tasks"}
 """What of the race's own code decides the result of a cell."""
 
 

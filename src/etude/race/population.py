@@ -7,6 +7,7 @@ draws masks of its own, which are not those of the loop. Time: a cell's seconds 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -84,8 +85,7 @@ class Population:
         self.multiplier, self.taken, self.one_by_one = runs[0].multiplier, 0, False
         self.feed = _feed(runs, rows, device)
         self.ahead: list[Any] = []
-        key, inputs, targets = self._key(runs), *self._peek()
-        del runs
+        key, (inputs, targets) = self._key(runs), self._peek()
         torch.manual_seed(stream_seed(cells[0].seed, "noise"))
         before = _attributes(self.model)
         with _quiet():
@@ -98,7 +98,7 @@ class Population:
         more = tuple(name for name, _ in self.cells[0].more)
         return (
             self.cells[0].contender, more, len(runs), self.how.compiled, self.device, repr(shapes), repr(self.model),
-            _attributes(self.model), _closure(self.task), torch.get_num_threads(), getattr(self.task.loss, "__code__", repr(self.task.loss)),
+            _attributes(self.model), _closure(self.task), self.model.training, torch.get_num_threads(),
         )  # fmt: skip
 
     def _peek(self) -> Any:
@@ -228,7 +228,7 @@ class _Together:
         self.kept = {n: torch.stack([b.kept[n] for b in bound]) for n in bound[0].kept}
 
     @torch.no_grad()
-    def __call__(self, weights: Named) -> None:
+    def __call__(self, weights: Any) -> None:
         self.t += 1
         if self.averages:  # each number alone, so a stack is as good as its rows
             self.value.step(weights, self.kept, self.t)
@@ -283,7 +283,8 @@ def _attributes(model: nn.Module) -> tuple[Any, ...]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return (str(value.dtype), tuple(value.shape), value.detach().flatten().tolist() if value.numel() < 1e6 else id(value))
+        bits = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        return str(value.dtype), tuple(value.shape), hashlib.sha256(bits).hexdigest()
     if isinstance(value, (tuple, list)):
         return tuple(map(_plain, value))
     if isinstance(value, dict):
@@ -303,6 +304,6 @@ def _refuse_unlike(runs: Sequence[Run]) -> None:
 
 
 def _closure(task: Task) -> Any:
-    """What a loss that is a function holds, or its kind."""
-    cells = getattr(task.loss, "__closure__", None) or ()
-    return getattr(task.loss, "__qualname__", type(task.loss).__qualname__), tuple(_plain(c.cell_contents) for c in cells)
+    """What a loss is, and what it holds where it is a function made inside another."""
+    held = tuple(_plain(cell.cell_contents) for cell in getattr(task.loss, "__closure__", None) or ())
+    return getattr(task.loss, "__code__", repr(task.loss)), held

@@ -71,10 +71,10 @@ class Task:
 
     def rows(self, generator: torch.Generator) -> Iterator[Tensor]:
         """Which rows of the training tensors make each batch, without end; what an epoch leaves over is left out."""
-        count = len(self.train[1])  # type: ignore[index, arg-type]
+        count = len(self.train[1])  # type: ignore[index]
         batch = min(self.batch, count)
         while True:
-            yield from torch.randperm(count, generator=generator)[: count // batch * batch].split(batch)
+            yield from torch.split(torch.randperm(count, generator=generator)[: count // batch * batch], batch)
 
     @torch.no_grad()
     def measure(self, model: nn.Module, data: Batch | Iterable[Batch], device: str = "cpu") -> float:
