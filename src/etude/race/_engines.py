@@ -53,7 +53,7 @@ def choose(
     gradient: Any = loop.gradient
     size = min(cells, _fitting(loop, workers))
     try:
-        if random and gradient.gradient != plain():
+        if random and gradient != plain():
             raise Unfit(f"{gradient} wants the same dropout masks twice")
         if size < FEWEST:
             raise Unfit(f"memory for {size} at a time" if size < cells else f"{cells} cells at a time")

@@ -56,6 +56,8 @@ class Arm:
     chain: Chain
     knobs: dict[str, Any]
     lr: Tensor | None
+    made: list[tuple[Any, dict[str, Any], frozenset[str]]] = field(default_factory=list)
+    """Each part at the initial lr, its fields, and which of them are that lr times a constant."""
 
     @staticmethod
     def of(optimizers: Sequence[RuleOptimizer], i: int) -> Arm:
@@ -73,9 +75,26 @@ class Arm:
 
     def numbers(self, t: int, multiplier: float) -> Numbers:
         """What the parts read at step t, see ``RuleOptimizer``; lr is always a tensor [p]."""
-        knobs = self.knobs if self.lr is None else {**self.knobs, "lr": self.lr * multiplier}
         shared = {"t": float(t), "multiplier": multiplier}
-        return [{**p.numbers(), **p.clock(t), **{k: shared[k] for k in p.reads}} for p in self.chain.remake(knobs)]
+        found = []
+        for part, numbers, scaled in self.made or self._make():
+            now = {k: x * multiplier if k in scaled else x for k, x in numbers.items()}
+            found.append({**now, **part.clock(t), **{k: shared[k] for k in part.reads}})
+        return found
+
+    def _make(self) -> list[tuple[Any, dict[str, Any], frozenset[str]]]:
+        """The chain is made once, not at each step: an lr that a schedule halves halves what a part holds of it."""
+        whole, half = (self._at(c) for c in (1.0, 0.5))
+        for part, other in zip(whole, half):
+            numbers, halved = part.numbers(), other.numbers()
+            scaled = {k for k, x in numbers.items() if isinstance(x, Tensor) and not torch.equal(x, halved[k])}
+            if not all(torch.allclose(numbers[k] * 0.5, halved[k], rtol=1e-12, atol=0) for k in scaled):
+                raise Unfit(f"{part} does not hold lr in proportion")
+            self.made.append((part, numbers, frozenset(scaled)))
+        return self.made
+
+    def _at(self, multiplier: float) -> Chain:
+        return self.chain.remake(self.knobs if self.lr is None else {**self.knobs, "lr": self.lr * multiplier})
 
 
 def _stacked(values: list[Any]) -> Any:
@@ -169,6 +188,7 @@ class Stacks:
             for x in tree_leaves([arm.knobs, arm.lr]):
                 if isinstance(x, Tensor):
                     x[to] = x[source]
+            arm.made.clear()
 
     # -- the step ---------------------------------------------------------------------------------------------------
 

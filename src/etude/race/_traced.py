@@ -40,8 +40,14 @@ def traced(play: Step, args: tuple[Any, ...], *, compiled: bool) -> Step:
 
 
 def _pare(graph: torch.fx.GraphModule) -> None:
-    """Take out ``detach``, which does nothing where nothing is differentiated."""
+    """Take out what does nothing here: ``detach``, and views of the shape that was there."""
+    aten = torch.ops.aten
     for node in list(graph.graph.nodes):
-        if node.target == torch.ops.aten.detach.default:
+        view = node.target in (aten.view.default, aten._unsafe_view.default, aten.expand.default)
+        if node.target == aten.detach.default or (view and _same(node.meta["val"], node.args[0].meta["val"])):
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
+
+
+def _same(x: Tensor, y: Tensor) -> bool:
+    return x.shape == y.shape and x.stride() == y.stride()
