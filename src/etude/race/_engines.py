@@ -39,36 +39,42 @@ def choose(
     factory: Factory, contender: str, *, lr: float, steps: int, device: str, runs: int, cells: int, workers: int,
     engine: str,
 ) -> How:  # fmt: skip
-    """How the ``runs`` of a contender are to be trained, in programs of up to ``cells``. ``engine``: as asked."""
-    loop = Run(factory, Cell(contender, "probe", lr, 0), steps=steps, device=device)
-    random = _draws(loop)
-    loop.model.train()
-    step = _timed(loop.step, loop.now)
-    seconds = step * steps + EVALUATIONS * _timed(lambda: loop.measure(loop.task.valid), loop.now, most=3)
-    one = How("loop", 1, False, step, loop.state_bytes(), "as asked", seconds)
-    if engine == "loop":
-        return one
-    if engine == "auto" and runs * seconds < SHORT:
-        return replace(one, why=f"its {runs} runs take {runs * seconds:.2g} s")
-    gradient: Any = loop.gradient
-    size = min(cells, _fitting(loop, workers))
+    """How the ``runs`` of a contender are to be trained, in programs of up to ``cells``. ``engine``: as asked.
+
+    Where a population cannot be had, or is slower, it is the loop, and ``why`` says so.
+    """
+    one = How()
     try:
-        if random and gradient != plain():
-            raise Unfit(f"{gradient} wants the same dropout masks twice")
+        loop = Run(factory, Cell(contender, "probe", lr, 0), steps=steps, device=device)
+        random = _draws(loop)
+        one = _alone(loop, steps)
+        if engine == "auto" and runs * one.seconds < SHORT:
+            return replace(one, why=f"its {runs} runs take {runs * one.seconds:.2g} s")
+        if random and loop.gradient != plain():
+            raise Unfit(f"{loop.gradient} wants the same dropout masks twice")
+        size = min(cells, _fitting(loop, workers))
         if size < FEWEST:
             raise Unfit(f"memory for {size} at a time" if size < cells else f"{cells} cells at a time")
         how = _measured(replace(one, engine="population", size=size), factory, contender, lr, steps, device)
         found = _better(how, factory, contender, lr, steps, device, runs, workers)
         _verify(found, factory, contender, lr, steps, device, evaluating=random)
-    except Exception as error:
+    except Exception as error:  # what goes wrong with the contender itself is for its runs to say
         why = one_line(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {one_line(error)}"
         return replace(one, why=why)
-    gain = seconds / found.seconds
+    gain = one.seconds / found.seconds
     if engine == "auto" and gain <= 1:
         return replace(one, why=f"a population of {found.size} takes {1 / gain:.2g} × its time")
     made = "compiled" if found.compiled else "traced"
     masks = ", dropout masks of its own" if random else ""
     return replace(found, why=f"{found.size} at a time, {made}, {gain:.2g} × as fast as one by one{masks}")
+
+
+def _alone(loop: Run, steps: int) -> How:
+    """The plain loop, with what a run of it costs."""
+    loop.model.train()
+    step = _timed(loop.step, loop.now)
+    evaluation = _timed(lambda: loop.measure(loop.task.valid), loop.now, most=3)
+    return How("loop", 1, False, step, loop.state_bytes(), "", step * steps + EVALUATIONS * evaluation)
 
 
 def _better(

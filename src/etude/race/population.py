@@ -86,12 +86,12 @@ class Population:
         self.feed = _feed(runs, rows, device)
         self.ahead: list[Any] = []
         key, (inputs, targets) = self._key(runs), self._peek()
-        torch.manual_seed(stream_seed(cells[0].seed, "noise"))
         before = _attributes(self.model)
         with _quiet():
             self.stacks.settle(inputs, targets)
             if before == _attributes(self.model):  # a model that counts its calls must have its Python run at each
                 self._build(key, inputs, targets)
+        torch.manual_seed(stream_seed(cells[0].seed, "noise"))  # whether it was built or found must change no mask
 
     def _key(self, runs: list[Run]) -> Any:
         shapes = [(n, p.shape, p.dtype) for n, p in self.model.named_parameters()]
