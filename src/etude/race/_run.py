@@ -20,14 +20,14 @@ from etude.race._budget import SPARE, Choice, fit, work
 from etude.race._course import Course
 from etude.race._errors import InputError, RaceError
 from etude.race._model import Opened, Outcome, Plan, Result, canonical
-from etude.race._probe import first_runs, probe_all
+from etude.race._probe import choose_engines, first_runs, probe_all
 from etude.race.executors import open_executor
 from etude.race.looks import ended, split
 from etude.race.plan import cost, entries, folder_name, make_lock, make_plan, seeds_of, tuned_ranges
 from etude.race.progress import Voice, clock
 from etude.race.report import table, to_json, write_html
 from etude.race.store import FILE, Ledger, read_fact
-from etude.race.subject import Subject, find
+from etude.race.subject import Subject, TaskSubject, find
 from etude.race.task import Factory
 from etude.race.tasks import OPTIONS, refuse_while_importing
 from etude.race.verdict import judge
@@ -139,10 +139,21 @@ def _run(asked: Asked, folder: Path, *, quiet: bool, inner: bool = False) -> Res
         if not inner:
             ledger.set_fact("asked", (asked if asked.budget or asked.gpu_hours else plain).plain())
         plan = make_plan(subject, opened, lines, plain, probes=probes, workers=workers)
+        engines = ledger.fact("engines") or {}
+        if isinstance(subject, TaskSubject):
+            runs = {name: plan.tune_budget + len(plan.final_seeds) for name in lines}
+            runs[plan.baseline] += len(plan.aa_seeds)
+            engines = choose_engines(
+                executor, voice, lines, engines, engine=asked.engine, runs=runs, seconds=plan.seconds_per_run,
+                cells=len(plan.final_seeds), workers=workers,
+            )  # fmt: skip
+            ledger.set_fact("engines", engines)
+            took = {name: engines[name]["seconds"] or s for name, s in plan.seconds_per_run.items()}
+            plan = replace(plan, seconds_per_run=took)
         memory = workers * max(probes[name]["bytes"] for name in lines)
         _announce(voice, plan, memory=memory, held=len(ledger) - len(first), folder=folder)
         try:
-            outcomes = Course(plan, ledger, executor, voice).run()
+            outcomes = Course(plan, ledger, executor, voice, engines).run()
         except KeyboardInterrupt:
             voice.line("stopped", f"{len(ledger)} finished runs are kept in {folder}; the same command resumes")
             raise

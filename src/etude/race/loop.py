@@ -48,6 +48,16 @@ def make_task(factory: Factory, seed: int) -> Task:
     return task
 
 
+def data_order(seed: int) -> torch.Generator:
+    """What decides the order of a run's data (R1)."""
+    return torch.Generator().manual_seed(stream_seed(seed, "data"))
+
+
+def marks(steps: int) -> set[int]:
+    """The steps after which a run is evaluated."""
+    return {math.ceil(steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+
+
 class Run:
     """A contender set up on a task, ready to step. Setting up is the same for every contender but for its recipe."""
 
@@ -60,13 +70,13 @@ class Run:
         self.device, self.steps, self.times, self.first = device, steps, list[float](), math.nan
         self.gradient = recipe.gradient or gradients.plain()
         self.optimizer = recipe.with_knobs(**dict(cell.more)).optimizer(self.model, lr=cell.lr, roles=self.task.roles)
-        bound = [after.attach(self.optimizer, self.model, value) for value in recipe.after]
-        self.averages = [b for b in bound if isinstance(b, after.Averaged)]
+        self.bound = [after.attach(self.optimizer, self.model, value) for value in recipe.after]
+        self.averages = [b for b in self.bound if isinstance(b, after.Averaged)]
         warm = max(1, round(WARMUP * steps))
-        decay = schedules.linear_decay(max(1, steps - warm))
-        self.schedule = schedules.attach(self.optimizer, schedules.warmup(warm) >> decay)
+        self.multiplier = schedules.warmup(warm) >> schedules.linear_decay(max(1, steps - warm))
+        self.schedule = schedules.attach(self.optimizer, self.multiplier)
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.stream = self.task.batches(torch.Generator().manual_seed(stream_seed(seed, "data")))
+        self.stream = self.task.batches(data_order(seed))
 
     def step(self) -> Tensor:
         """One training step, timed; the loss at its start."""
@@ -87,14 +97,14 @@ class Run:
 
     def points(self) -> Iterator[Point]:
         """Train to the end, with a point of the curve at each evaluation; ends early where the run has diverged."""
-        marks = {math.ceil(self.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+        due = marks(self.steps)
         self.model.train()
         losses: list[Tensor] = []
         for step in range(1, self.steps + 1):
             losses.append(self.step())
             if step == 1:
                 self.first = losses[0].item()
-            if step in marks:
+            if step in due:
                 seconds, mean = math.fsum(self.times), torch.stack(losses).mean().item()
                 yield step, seconds, mean, self.measure(self.task.valid)
                 losses.clear()

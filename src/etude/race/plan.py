@@ -26,7 +26,10 @@ GRID = 7
 FACTOR = math.sqrt(10)
 TUNE_SEEDS = 3
 ALPHA = 0.05
-_DECIDES = {"_checkpoint", "bridges", "command", "loop", "models", "subject", "task", "tasks"}
+_DECIDES = {
+    "_checkpoint", "_stacks", "_traced", "bridges", "command", "loop", "models", "population", "subject", "task",
+    "tasks",
+}  # fmt: skip
 """What of the race's own code decides the result of a cell."""
 
 

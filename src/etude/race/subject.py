@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 
 from etude import recipes
-from etude.race import loop
+from etude.race import _engines, loop, population
 from etude.race._errors import InputError, one_line
 from etude.race._model import Cell, Opened, Outcome
 from etude.race.command import SCHEME, Command
@@ -88,6 +88,16 @@ class TaskSubject:
 
     def probe(self, contender: str, *, lr: float, steps: int, device: str, whole: bool) -> dict[str, Any]:
         return loop.probe(self.found.factory, contender, lr=lr, steps=steps, device=device, whole=whole)
+
+    def train_cells(
+        self, cells: Sequence[Cell], how: Mapping[str, Any], *, steps: int, device: str
+    ) -> tuple[list[Outcome], str]:
+        """Cells of one contender together, see `population.train_cells`."""
+        return population.train_cells(self.found.factory, cells, population.How(**how), steps=steps, device=device)
+
+    def choose(self, contender: str, **asked: Any) -> dict[str, Any]:
+        """How the contender's cells are to be trained, see `_engines.choose`."""
+        return asdict(_engines.choose(self.found.factory, contender, **asked))
 
 
 def find(ref: Any, **options: Any) -> Subject:
