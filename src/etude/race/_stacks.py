@@ -113,7 +113,7 @@ class Stacks:
     """
 
     def __init__(
-        self, models: Sequence[nn.Module], optimizers: Sequence[RuleOptimizer], loss: Callable[[Any, Any], Tensor],
+        self, models: Sequence[nn.Module], optimizers: Sequence[RuleOptimizer], loss: Callable[..., Tensor],
         gradient: Gradient,
     ) -> None:  # fmt: skip
         self.model, self.size, self.loss, self.gradient = models[0], len(models), loss, gradient

@@ -77,7 +77,8 @@ def judge(plan: Plan, outcomes: Iterable[Outcome]) -> tuple[tuple[Standing, ...]
     runs = distinct(outcomes)
     base = _describe(plan, plan.baseline, runs)
     judged = _words(plan, base, [_describe(plan, c, runs) for c in plan.contenders if c != plan.baseline])
-    judged = [replace(s, bootstrap_interval=bootstrap_t(np.subtract(*_pairs(s, base)))) for s in judged]
+    if plan.paired:
+        judged = [replace(s, bootstrap_interval=bootstrap_t(np.subtract(*_pairs(s, base)))) for s in judged]
     timed = _at_equal_seconds(plan, base, judged, runs)
     return (base, *(replace(s, clocks=(*timed[s.contender], *_counted(plan, base, s))) for s in judged)), _control(
         plan, base, runs
