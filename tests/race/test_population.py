@@ -1,5 +1,6 @@
 """Cells trained as one program are the runs of the plain loop, up to rounding (R1, R5, R6, R7)."""
 
+import copy
 import math
 import re
 from dataclasses import asdict, replace
@@ -10,11 +11,13 @@ import torch
 from torch import nn
 
 import etude
+from etude import gradients, rules
 from etude._method import methods
 from etude.race import Cell, InputError, Task, _engines
 from etude.race import _run as running
 from etude.race._course import Course
 from etude.race._model import Plan
+from etude.race._stacks import Stacks
 from etude.race.loop import Run, train
 from etude.race.plan import _DECIDES
 from etude.race.population import How, Population, train_cells
@@ -125,6 +128,28 @@ RULES = [name for room, name in methods() if room == "rules"]
 @pytest.mark.parametrize("rule", RULES)
 def test_r1_cells_of_other_seeds_and_lrs_train_as_the_loop_trains_each(rule):
     both(smooth, cells(rule), rel=2e-2 if rule == "muon" else 1e-4)  # muon iterates in bfloat16
+
+
+def test_a_part_that_looks_at_the_whole_model_looks_at_each_model_alone():
+    """One norm for each model, over its flat and its shaped weights alike: Cautious looks at tensors."""
+    chain = rules.chain(rules.ClipNorm(0.1), rules.Cautious(), rules.Scale(0.3))
+    models = [smooth(seed).model for seed in (1, 2, 3)]
+    models[1].load_state_dict({n: 5 * x for n, x in models[1].state_dict().items()})
+    twins = copy.deepcopy(models)
+    stacks = Stacks(models, [rules.optimizer(m, chain) for m in models], nn.functional.mse_loss, gradients.plain())
+    x, y = tiny.SPLIT["train"]
+    batch = x.expand(3, *x.shape), y.expand(3, *y.shape)
+    stacks.settle(*batch)
+    for t in (1, 2, 3):
+        stacks.step(*batch, t, 1.0)
+    for i, twin in enumerate(twins):
+        opt = rules.optimizer(twin, chain)
+        for _ in range(3):
+            opt.zero_grad()
+            nn.functional.mse_loss(twin(x), y).backward()
+            opt.step()
+        for name, p in twin.named_parameters():
+            torch.testing.assert_close(stacks.weights()[name][i], p.detach(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -241,12 +266,12 @@ def choose(factory, contender="adamw", engine="auto", runs=10**6, cells=4, **mor
 
 
 def test_the_faster_engine_is_taken_and_says_by_how_much(monkeypatch):
-    monkeypatch.setattr(_engines, "LONG", math.inf)
+    monkeypatch.setattr(_engines, "PAYS", math.inf)
     how = choose(smooth)
     assert how.engine == "population"
     assert re.fullmatch(r"4 at a time, traced, [\d.]+ × as fast as one by one", how.why)
     assert choose(smooth, runs=1).why.startswith("its 1 runs take ")
-    monkeypatch.setattr(_engines, "_measured", lambda how, *_: replace(how, seconds=1e9))
+    monkeypatch.setattr(_engines, "_fastest", lambda how, *_: replace(how, seconds=1e9))
     slow = choose(smooth)
     assert (slow.engine, slow.size) == ("loop", 1)
     assert re.fullmatch(r"a population of 4 takes [\d.e+]+ × its time", slow.why)
@@ -254,7 +279,7 @@ def test_the_faster_engine_is_taken_and_says_by_how_much(monkeypatch):
 
 
 def test_memory_bounds_the_population(monkeypatch):
-    monkeypatch.setattr(_engines, "LONG", math.inf)
+    monkeypatch.setattr(_engines, "PAYS", math.inf)
     full = _engines._fitting(Run(smooth, cells("adamw")[0], steps=9, device="cpu"), 1)
     monkeypatch.setattr(_engines, "_free", lambda device: 0.0)
     assert choose(smooth).why == "memory for 0 at a time"
@@ -263,7 +288,7 @@ def test_memory_bounds_the_population(monkeypatch):
 
 
 def test_a_population_that_is_not_the_loop_is_refused(monkeypatch):
-    monkeypatch.setattr(_engines, "LONG", math.inf)
+    monkeypatch.setattr(_engines, "PAYS", math.inf)
     step = Population.step
 
     def wrong(self):
@@ -279,7 +304,7 @@ def test_a_population_that_is_not_the_loop_is_refused(monkeypatch):
 
 
 def test_a_model_that_draws_is_told_and_sam_does_not_take_it(monkeypatch):
-    monkeypatch.setattr(_engines, "LONG", math.inf)
+    monkeypatch.setattr(_engines, "PAYS", math.inf)
     assert choose(noisy).why.endswith("dropout masks of its own")
     assert choose(noisy, "adamw + sam").why == "sam(rho=0.05) wants the same dropout masks twice"
 

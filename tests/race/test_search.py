@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from quadratic import BOWL, bowl
@@ -17,6 +18,8 @@ from etude.race._cli import race_command
 from etude.race._model import Outcome, Range
 from etude.race.loop import train
 from etude.race.search import TRIALS, Optuna, Sobol, ranges, tried_once
+
+NO_COMMAND = SimpleNamespace(obj=None)
 
 TUNE = (0, 1, 2)
 KNOBS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8, "nesterov": False}
@@ -197,7 +200,7 @@ def test_what_is_tuned_beside_lr_reaches_the_optimizer():
 
 def test_the_command_takes_a_list_of_knobs(here, tmp_path, capsys):
     given = {"tune": "lr, weight_decay", "trials": 10, "quick": True, "folder": tmp_path}
-    assert race_command(BOWL, ["sgd", "signum"], **given) == 0
+    assert race_command(NO_COMMAND, BOWL, ["sgd", "signum"], **given) == 0
     said = capsys.readouterr().err
     assert "lr 0.0032 … 0.1 … 3.2, weight_decay 3.2e-05 … 0.001 … 0.032 by sobol" in said
     assert "up to 10 tuning" in said

@@ -23,8 +23,10 @@ from etude.race.task import Factory, to_device
 
 SHORT = 5.0
 """Seconds of a contender's runs below which the plain loop is not worth replacing."""
-LONG = 40.0
-"""Seconds of a contender's runs as a traced population above which a build of kernels, some 5 to 20 s, is tried."""
+BUILD = 0.1
+"""Seconds that the compiler takes for an operation of the trace, about."""
+PAYS = 10.0
+"""Kernels are tried where a contender's runs take so many times their build: what does not help costs little then."""
 FEWEST = 3
 """Fewer cells than these are trained one by one."""
 STEPS = 20
@@ -55,8 +57,9 @@ def choose(
         size = min(cells, _fitting(loop, workers))
         if size < FEWEST:
             raise Unfit(f"memory for {size} at a time" if size < cells else f"{cells} cells at a time")
-        how = _measured(replace(one, engine="population", size=size), factory, contender, lr, steps, device)
-        found = _better(how, factory, contender, lr, steps, device, runs, workers)
+        found = _fastest(
+            replace(one, engine="population", size=size), factory, contender, lr, steps, device, runs, workers
+        )
         _verify(found, factory, contender, lr, steps, device, evaluating=random)
     except Exception as error:  # what goes wrong with the contender itself is for its runs to say
         why = one_line(error) if isinstance(error, Unfit) else f"{type(error).__name__}: {one_line(error)}"
@@ -77,34 +80,34 @@ def _alone(loop: Run, steps: int) -> How:
     return How("loop", 1, False, step, loop.state_bytes(), "", step * steps + EVALUATIONS * evaluation)
 
 
-def _better(
+def _fastest(
     how: How, factory: Factory, contender: str, lr: float, steps: int, device: str, runs: int, workers: int
 ) -> How:
-    """Kernels instead of the trace, where the race is long enough for the build and they are faster with it."""
-    if how.seconds * runs < LONG:
-        return how
-    began = time.perf_counter()
-    try:
-        compiled = _measured(replace(how, compiled=True), factory, contender, lr, steps, device)
-    except Unfit:
-        raise
-    except Exception:  # no compiler, or it cannot build this: the trace serves
-        return how
-    build = time.perf_counter() - began  # paid once more by each other worker, at most
-    compiled = replace(compiled, seconds=compiled.seconds + build * (workers - 1) / runs)
-    return min(how, compiled, key=lambda h: h.seconds)
-
-
-def _measured(how: How, factory: Factory, contender: str, lr: float, steps: int, device: str) -> How:
-    """With the seconds of one run: its share of a chunk's setting up, steps and evaluations."""
+    """The trace, or kernels instead where the race is long enough to try them and they are faster."""
     cells = [Cell(contender, "probe", lr, seed) for seed in range(how.size)]
-    Population(factory, cells, how, steps=steps, device=device)  # builds the program
-    began = _now(device)
-    crew = Population(factory, cells, how, steps=steps, device=device)
-    ready = _now(device) - began
-    step = _timed(crew.step, lambda: _now(device))
-    evaluation = _timed(lambda: crew.measure(crew.task.valid), lambda: _now(device), most=2)
-    return replace(how, seconds=(ready + step * steps + evaluation * EVALUATIONS) / how.size)
+
+    def measured(compiled: bool) -> tuple[How, int]:
+        """With the seconds of one run: its share of a chunk's setting up, steps and evaluations, and of the builds
+        that the other workers have yet to make. And of how many operations the program is."""
+        asked = replace(how, compiled=compiled)
+        began = _now(device)
+        Population(factory, cells, asked, steps=steps, device=device)
+        ready = _now(device)
+        crew = Population(factory, cells, asked, steps=steps, device=device)  # finds the program built
+        again = _now(device) - ready
+        step = _timed(crew.step, lambda: _now(device))
+        evaluation = _timed(lambda: crew.measure(crew.task.valid), lambda: _now(device), most=2)
+        seconds = (again + step * steps + evaluation * EVALUATIONS) / how.size
+        build = (ready - began - again) * (workers - 1) / runs
+        return replace(asked, seconds=seconds + build), crew.stacks.operations
+
+    trace, operations = measured(compiled=False)
+    if not operations or min(trace.seconds, how.seconds) * runs < PAYS * BUILD * operations:
+        return trace
+    try:
+        return min(trace, measured(compiled=True)[0], key=lambda h: h.seconds)
+    except Exception:  # no compiler, or it cannot build this: the trace serves
+        return trace
 
 
 def _verify(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from etude.gradients import Gradient
-from etude.race._traced import Step, traced
+from etude.race._traced import Program, traced
 from etude.race.task import called
 from etude.rules._engine import RuleOptimizer, names_of
 from etude.rules._kernel import run
@@ -125,7 +125,7 @@ class Stacks:
         self.pieces: list[Piece] = []
         self._layout: list[list[tuple[int, int, str]]] = []  # what arrives anew each step: (arm, part, number)
         self._steady: list[Numbers] = []
-        self._program: Step | None = None
+        self.program: Program | None = None
 
     def _members(self, optimizer: RuleOptimizer) -> dict[str, int]:
         """The name of every parameter that is trained → its arm."""
@@ -196,7 +196,7 @@ class Stacks:
         """Step t of every model: inputs and targets [p, batch, …]. The losses at its start.  [p]"""
         numbers = [arm.numbers(t, multiplier) for arm in self.arms]
         floats, vectors = self._sent(numbers)
-        play = self._program or self._play
+        play = self.program.play if self.program else self._play
         with torch.no_grad():
             losses: Tensor = play(inputs, targets, floats, vectors, *self._held())[0]
         return losses
@@ -204,16 +204,12 @@ class Stacks:
     def build(self, inputs: Any, targets: Any, *, compiled: bool) -> None:
         """Trace the step, so that no Python of the model runs any more; ``compiled``, lower it to kernels too."""
         args = (inputs, targets, *self._sent([arm.numbers(1, 0.5) for arm in self.arms]), *self._held())
-        self._program = traced(self._play, args, compiled=compiled)
+        self.program = traced(self._play, args, compiled=compiled)
 
     @property
-    def program(self) -> Step | None:
-        """What was built; it holds no weights, so that a population of the same ``signature`` may play it."""
-        return self._program
-
-    @program.setter
-    def program(self, built: Step) -> None:
-        self._program = built
+    def operations(self) -> int:
+        """Of how many operations the program is; 0 where there is none."""
+        return self.program.operations if self.program else 0
 
     def signature(self) -> str:
         """What of the arguments and numbers decides the program."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +16,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 Step = Callable[..., Any]
 
 
-def traced(play: Step, args: tuple[Any, ...], *, compiled: bool) -> Step:
+@dataclass(frozen=True)
+class Program:
+    """What plays a step without its Python. It holds no weights, so every population of one make may play it."""
+
+    play: Step
+    operations: int
+
+
+def traced(play: Step, args: tuple[Any, ...], *, compiled: bool) -> Program:
     """``play`` as a program for arguments of these shapes; it changes its arguments in place as ``play`` does."""
     flat, spec = tree_flatten(args)
 
@@ -25,9 +34,10 @@ def traced(play: Step, args: tuple[Any, ...], *, compiled: bool) -> Step:
     with torch.no_grad():
         graph = make_fx(flatly, tracing_mode="fake")(*flat)
         _pare(graph)
+        count = len(graph.graph.nodes)
         if not compiled:
             graph.recompile()
-            return lambda *xs: graph.forward(*tree_flatten(xs)[0])
+            return Program(lambda *xs: graph.forward(*tree_flatten(xs)[0]), count)
         inductor = [importlib.import_module(f"torch._inductor.{x}") for x in ("compile_fx", "decomposition", "config")]
         compiler, decomposition, config = inductor  # two seconds to import
         functional = torch.func.functionalize(graph, remove="mutations_and_views")
@@ -36,7 +46,7 @@ def traced(play: Step, args: tuple[Any, ...], *, compiled: bool) -> Step:
         fakes = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
         with tracing(TracingContext(fakes[0].fake_mode)), config.patch(size_asserts=False):
             kernel: Any = compiler.compile_fx_inner(graph, fakes)
-    return lambda *xs: kernel(list(tree_flatten(xs)[0]))
+    return Program(lambda *xs: kernel(list(tree_flatten(xs)[0])), count)
 
 
 def _pare(graph: torch.fx.GraphModule) -> None:

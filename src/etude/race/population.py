@@ -23,7 +23,7 @@ from etude import after
 from etude.race._errors import one_line
 from etude.race._model import Cell, Outcome
 from etude.race._stacks import Named, Stacks, Unfit
-from etude.race._traced import Step
+from etude.race._traced import Program
 from etude.race.loop import Point, Run, data_order, diverged, marks, stream_seed, train
 from etude.race.task import Factory, Task, as_batch, batches_of, called, forward, to_device
 from etude.rules import RuleOptimizer
@@ -31,7 +31,7 @@ from etude.rules import RuleOptimizer
 EVALUATED = 2**24
 """Numbers of input that are evaluated at a time, over all models."""
 _PLAIN = frozenset(nn.Module().__dict__)
-_PROGRAMS: dict[Any, Step] = {}
+_PROGRAMS: dict[Any, Program] = {}
 """What this process has built, by all that decides the program."""
 
 
