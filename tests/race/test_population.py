@@ -136,7 +136,7 @@ def test_a_part_that_looks_at_the_whole_model_looks_at_each_model_alone():
     models = [smooth(seed).model for seed in (1, 2, 3)]
     models[1].load_state_dict({n: 5 * x for n, x in models[1].state_dict().items()})
     twins = copy.deepcopy(models)
-    stacks = Stacks(models, [rules.optimizer(m, chain) for m in models], nn.functional.mse_loss, gradients.plain())
+    stacks = Stacks(models, [rules.optimizer(m, chain) for m in models], smooth(1).training_loss, gradients.plain())
     x, y = tiny.SPLIT["train"]
     batch = x.expand(3, *x.shape), y.expand(3, *y.shape)
     stacks.settle(*batch)
