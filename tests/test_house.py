@@ -20,19 +20,15 @@ FLOORS |= {room: 1 for room in ROOMS if room != "recipes"}  # every other module
 
 # What may be imported inside a function: the extras, which `import etude` must not need, and what stands behind them.
 EXTRAS = {
-    "datasets",
-    "jinja2",
-    "numpy",
-    "pyarrow",
-    "rich",
-    "safetensors",
-    "scipy",
-    "sklearn",
-    "transformers",
-    "typer",
-    "vl_convert",
+    "datasets", "jinja2", "numpy", "optuna", "pyarrow", "pynvml", "rich", "safetensors", "scipy", "sklearn",
+    "transformers", "typer", "vl_convert",
+}  # fmt: skip
+EDGES = {
+    ("cli.py", "etude._commands"),
+    ("_commands.py", "etude.race._cli"),
+    ("_commands.py", "etude.race._cli_branch"),
+    ("_commands.py", "etude.race._cli_verdict"),
 }
-EDGES = {("cli.py", "etude._commands"), ("_commands.py", "etude.race._cli"), ("_commands.py", "etude.race._cli_branch")}
 
 
 def place(module):

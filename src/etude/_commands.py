@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -112,9 +113,24 @@ def race(ctx: typer.Context) -> None:
     """Race contenders on a task and say which helps."""
     from etude.race._cli import race_command
 
+    before = ctx.args.index("--") if "--" in ctx.args else len(ctx.args)
+    command = ctx.args[before + 1 :] if before < len(ctx.args) else None  # what is raced trains by itself
+    raise typer.Exit(_alone(race_command, "race", ctx.args[:before], command))
+
+
+@app.command("verdict", add_help_option=False, context_settings=_PASS_ON)
+def verdict(ctx: typer.Context) -> None:
+    """The verdict of a race on a table of runs that etude did not train."""
+    from etude.race._cli_verdict import verdict_command
+
+    raise typer.Exit(_alone(verdict_command, "verdict", ctx.args))
+
+
+def _alone(command: Callable[..., int], name: str, args: list[str], obj: Any = None) -> int:
+    """Run a command of the race, which is imported only when it is called."""
     alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    alone.command(context_settings=_HELP)(race_command)
-    raise typer.Exit(alone(ctx.args, prog_name="etude race", standalone_mode=False) or 0)
+    alone.command(context_settings=_HELP)(command)
+    return alone(args, prog_name=f"etude {name}", standalone_mode=False, obj=obj) or 0
 
 
 @app.command("branch", add_help_option=False, context_settings=_PASS_ON)

@@ -1,11 +1,14 @@
 """The worked examples of the docs race, each as a user would start it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import etude
 from etude.race._cli import race_command
+
+NO_COMMAND = SimpleNamespace(obj=None)
 
 DOCS = Path(__file__).parents[2] / "docs"
 EXAMPLES = sorted(file.stem for file in (DOCS / "examples").glob("*.py"))
@@ -29,7 +32,7 @@ def test_a_worked_example_races(name, tmp_path):
 @pytest.mark.long
 def test_a_task_from_parts_races_on_the_command_line(tmp_path, capsys):
     code = race_command(
-        "residual_mlp", ["adamw", "lion"], data=str(DOCS / "examples" / "diabetes.csv"), target="progress", quick=True,
+        NO_COMMAND, "residual_mlp", ["adamw", "lion"], data=str(DOCS / "examples" / "diabetes.csv"), target="progress", quick=True,
         steps=6, folder=tmp_path,
     )  # fmt: skip
     out = capsys.readouterr().out
@@ -39,9 +42,12 @@ def test_a_task_from_parts_races_on_the_command_line(tmp_path, capsys):
 
 
 def test_parts_that_are_missing_are_one_line_and_write_nothing(tmp_path, capsys):
-    assert race_command("residual_mlp", ["adamw", "lion"], data="nowhere.csv", target="y", folder=tmp_path) == 2
-    assert race_command("digits", ["adamw", "lion"], checkpoint="nowhere.pt", folder=tmp_path) == 2
-    assert race_command("digits", ["adamw", "lion"], target="y", folder=tmp_path) == 2
+    assert (
+        race_command(NO_COMMAND, "residual_mlp", ["adamw", "lion"], data="nowhere.csv", target="y", folder=tmp_path)
+        == 2
+    )
+    assert race_command(NO_COMMAND, "digits", ["adamw", "lion"], checkpoint="nowhere.pt", folder=tmp_path) == 2
+    assert race_command(NO_COMMAND, "digits", ["adamw", "lion"], target="y", folder=tmp_path) == 2
     told = capsys.readouterr().err.splitlines()
     assert [line.startswith("etude: ") for line in told] == [True] * 3
     assert not list(tmp_path.iterdir())

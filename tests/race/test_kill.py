@@ -23,9 +23,10 @@ TINY = Path(__file__).parent / "tiny.py"
 RACE = "from etude.cli import main; main()"
 
 
-def start(folder, **more):
+def start(folder, engine="loop", **more):
     """``etude race`` in a process of its own: 2 contenders, 6 seeds, 44 runs."""
     asked = ["race", str(TINY), "adamw", "lion", "--quick", "--steps", "240", "--workers", "1", "--folder", str(folder)]
+    asked += ["--engine", engine]
     return subprocess.Popen(
         [sys.executable, "-c", RACE, *asked],
         stdout=subprocess.PIPE,
@@ -160,3 +161,20 @@ def test_two_races_in_one_folder_do_not_mix(in_peace, tmp_path):
     assert (code, err.splitlines()[-1][:32]) == (1, "etude: another race is running i")
     assert finish(first)[0] == 0
     assert ledger(tmp_path) == in_peace
+
+
+def test_a_race_of_populations_killed_resumes_to_the_same_ledger(tmp_path):
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    quiet.mkdir()
+    killed.mkdir()
+    code, _, err = finish(start(quiet, "population"))
+    assert code == 0, err
+    for more in (50_000, 10_000):
+        process = start(killed, "population")
+        wait_for_writing(process, killed, more)
+        process.send_signal(signal.SIGKILL)
+        finish(process)
+    assert 0 < len(ledger(killed)) < len(ledger(quiet))
+    code, _, err = finish(start(killed, "population"))
+    assert code == 0, err
+    assert ledger(killed) == ledger(quiet)

@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,6 +20,7 @@ from etude.race.store import FILE, Ledger
 from etude.race.tasks import find_task
 
 TINY = Path(__file__).parent / "tiny.py"
+NO_COMMAND = SimpleNamespace(obj=None)
 QUICK = {"seeds": 6, "quiet": True}
 
 
@@ -225,10 +227,10 @@ def test_a_no_op_and_a_task_that_cannot_train_are_refused_and_nothing_is_written
 
 
 def test_the_command_says_what_is_wrong_in_one_line_and_returns_2(tmp_path, capsys):
-    assert race_command("digts", ["adamw", "lion"], folder=tmp_path / "runs") == 2
-    assert race_command(None, None, folder=tmp_path / "runs") == 2
-    assert race_command(str(TINY), ["adamw", "lion"], quick=True, seeds=7, folder=tmp_path / "runs") == 2
-    assert race_command(continue_=tmp_path / "nowhere") == 2
+    assert race_command(NO_COMMAND, "digts", ["adamw", "lion"], folder=tmp_path / "runs") == 2
+    assert race_command(NO_COMMAND, None, None, folder=tmp_path / "runs") == 2
+    assert race_command(NO_COMMAND, str(TINY), ["adamw", "lion"], quick=True, seeds=7, folder=tmp_path / "runs") == 2
+    assert race_command(NO_COMMAND, continue_=tmp_path / "nowhere") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     assert all(line.startswith("etude: ") for line in lines)
@@ -236,10 +238,10 @@ def test_the_command_says_what_is_wrong_in_one_line_and_returns_2(tmp_path, caps
 
 
 def test_the_command_prints_the_table_or_json(raced, capsys, no_worker):
-    assert race_command(continue_=raced.folder) == 0
+    assert race_command(NO_COMMAND, continue_=raced.folder) == 0
     said = capsys.readouterr().out
     assert "no difference, as it should be" in " ".join(said.split())
     folder = raced.folder
     assert said.splitlines()[-1] == (f"report: {folder}/report.html   resume or extend: etude race --continue {folder}")
-    assert race_command(continue_=raced.folder, as_json=True) == 0
+    assert race_command(NO_COMMAND, continue_=raced.folder, as_json=True) == 0
     assert "standings" in json.loads(capsys.readouterr().out)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from etude.race import _draw, _forest, _text, report, verdict
 from etude.race._model import Cell, Outcome, Plan, Result
+from etude.race.search import search_of
 
 STEPS = 1500
 CONTENDERS = {  # final error, its slope in log lr, lr, seconds per step, bytes, correlation with the seed
@@ -60,9 +61,10 @@ def fake(minimize=True):
     outcomes = []
     for contender in plan.contenders:
         tuning = []
-        while trials := verdict.next_trials(grids[contender], tuning, 13, plan.tune_seeds):
-            tuning += [run(contender, "tune", lr, plan.tune_seeds[i]) for lr, i in trials]
-        lr = verdict.choose_lr(tuning)[0]
+        search = search_of(plan, contender)
+        while trials := search.ask(tuning):
+            tuning += [run(contender, "tune", lr, plan.tune_seeds[i]) for (lr, _), i in trials]
+        lr = search.choose(tuning).lr
         outcomes += tuning + [run(contender, "final", lr, seed) for seed in plan.final_seeds]
         if contender == plan.baseline:
             outcomes += [run(contender, "aa", lr, seed) for seed in plan.aa_seeds]

@@ -10,6 +10,7 @@ from scipy import stats
 from etude.race import _statistics as statistics
 from etude.race import verdict
 from etude.race._model import Cell, Outcome, Plan
+from etude.race.search import Grid
 
 GRID = tuple(10 ** (k / 2 - 4) for k in range(7))
 TUNE, FINAL, AA = (0, 1, 2), tuple(range(100, 110)), tuple(range(200, 210))
@@ -349,11 +350,17 @@ def test_r8_a_visible_difference_is_seen_in_80_percent_of_races(monkeypatch):
 def tune(loss, grid=GRID, order=lambda jobs: jobs, minimize=True, budget=13):
     """Play the search: run one trial at a time out of each answer, which is also a resume after every run."""
     finished = []
-    while jobs := verdict.next_trials(grid, finished, budget, TUNE, minimize):
-        lr, index = order(jobs)[0]
+    search = Grid(tuple(grid), budget=budget, seeds=TUNE, minimize=minimize)
+    while jobs := search.ask(finished):
+        (lr, _), index = order(jobs)[0]
         value = loss(lr, TUNE[index])
         finished.append(outcome("a", "tune", lr, TUNE[index], value, "" if value is not None else "diverged"))
     return finished
+
+
+def choose(runs):
+    chosen = Grid(GRID).choose(runs)
+    return chosen.lr, chosen.at_edge, chosen.tuned
 
 
 def parabola(best, noise=0.0):
@@ -369,7 +376,7 @@ def test_r4_tuning_is_seven_lrs_once_and_the_best_three_on_two_more_seeds():
     assert sorted(o.cell.lr for o in runs if o.cell.seed == 0) == sorted(GRID)
     repeated = {o.cell.lr for o in runs if o.cell.seed > 0}
     assert repeated == {GRID[2], GRID[3], GRID[4]}
-    lr, at_edge, tuned = verdict.choose_lr(runs)
+    lr, at_edge, tuned = choose(runs)
     assert (lr, at_edge, len(tuned)) == (GRID[3], False, 7)
 
 
@@ -382,7 +389,7 @@ def test_r3_at_the_edge_the_grid_grows_within_the_same_budget(best, lowest, high
     lrs = sorted({o.cell.lr for o in runs})
     assert math.log10(lrs[0]) == pytest.approx(lowest, abs=1e-3)
     assert math.log10(lrs[-1]) == pytest.approx(highest, abs=1e-3)
-    lr, at_edge, _ = verdict.choose_lr(runs)
+    lr, at_edge, _ = choose(runs)
     assert sum(o.cell.lr == lr for o in runs) == 3
     assert at_edge == (best < -5 or best > 0)
 
@@ -390,7 +397,7 @@ def test_r3_at_the_edge_the_grid_grows_within_the_same_budget(best, lowest, high
 def test_r3_when_every_run_fails_the_grid_grows_downwards_and_nothing_is_repeated():
     runs = tune(lambda lr, seed: None)
     assert len(runs) == 9
-    lr, at_edge, tuned = verdict.choose_lr(runs)
+    lr, at_edge, tuned = choose(runs)
     assert lr == min(o.cell.lr for o in runs) < GRID[0]
     assert at_edge
     assert all(mean is None for _, mean in tuned)
@@ -398,18 +405,18 @@ def test_r3_when_every_run_fails_the_grid_grows_downwards_and_nothing_is_repeate
 
 def test_r3_divergence_above_the_best_is_no_edge():
     runs = tune(lambda lr, seed: -lr if lr < 0.02 else None)
-    lr, at_edge, _ = verdict.choose_lr(runs)
+    lr, at_edge, _ = choose(runs)
     assert (lr, at_edge) == (GRID[4], False)
 
 
 def test_r6_an_lr_that_sometimes_fails_comes_after_all_that_never_do():
     runs = tune(lambda lr, seed: None if lr == GRID[3] and seed == 2 else parabola(-2.5)(lr, seed))
-    assert verdict.choose_lr(runs)[0] == GRID[2]
+    assert choose(runs)[0] == GRID[2]
 
 
 def test_r4_a_lucky_single_run_is_not_chosen_over_lrs_with_three_seeds():
     runs = [*tuning("a"), outcome("a", "tune", 0.5, 0, -9.0)]
-    assert verdict.choose_lr(runs)[0] == GRID[3]
+    assert choose(runs)[0] == GRID[3]
 
 
 @pytest.mark.parametrize("minimize", [True, False])
@@ -431,17 +438,18 @@ def test_r4_the_budget_is_never_exceeded_and_the_choice_always_has_three_seeds(b
     for best in np.arange(-6, 1.5, 0.25):
         runs = tune(parabola(best, noise=0.2), budget=budget)
         assert len(runs) <= budget
-        assert sum(o.cell.lr == verdict.choose_lr(runs)[0] for o in runs) == 3
+        assert sum(o.cell.lr == choose(runs)[0] for o in runs) == 3
 
 
 def test_a_budget_too_small_is_refused_and_a_single_lr_needs_no_tuning():
     with pytest.raises(ValueError, match="8 tuning runs cannot try 7 learning rates"):
-        verdict.next_trials(GRID, [], budget=8)
-    assert verdict.next_trials((0.1,), []) == []
+        Grid(GRID, budget=8).ask([])
+    assert Grid((0.1,)).ask([]) == []
+    assert (Grid((0.1,)).choose([]).lr, Grid((0.1,)).choose([]).at_edge) == (0.1, False)
     (_, fixed), _ = verdict.judge(plan("a"), finals("base", BASE) + finals("a", BASE, best=5))
     assert (fixed.lr, fixed.at_edge, fixed.tuned, fixed.word) == (GRID[5], False, (), "equivalent")
 
 
 def test_choosing_from_nothing_is_an_error():
     with pytest.raises(ValueError, match="no tuning run has finished"):
-        verdict.choose_lr([])
+        choose([])

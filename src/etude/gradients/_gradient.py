@@ -27,6 +27,10 @@ class Gradient:
         """The loss at the weights, detached, and the gradients."""
         raise NotImplementedError(f"{type(self).__name__} is not a gradient yet: write __call__")
 
+    def on_stacks(self, losses: LossFn, params: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, Grads]:
+        """The same for k models at once: ``losses()``: [k], each parameter [k, …]; every row as if it were alone."""
+        raise NotImplementedError(f"{self} is not written for several models at once")
+
     def __repr__(self) -> str:
         return str(stamp(self) or object.__repr__(self))
 
@@ -58,3 +62,10 @@ def backward(gradient: Gradient, loss_fn: LossFn, params: Iterable[Tensor], buff
     for p, g in zip(params, grads):
         p.grad = g
     return loss
+
+
+def differentiate_stacks(losses: LossFn, params: list[Tensor]) -> tuple[Tensor, Grads]:
+    """The losses [k] and each model's gradient: no model's loss reaches another's weights, so those of the sum."""
+    with torch.enable_grad():
+        each = losses()
+    return each.detach(), list(torch.autograd.grad(each.sum(), params, allow_unused=True))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from etude._method import method
-from etude.gradients._gradient import Gradient, Grads, LossFn, differentiate
+from etude.gradients._gradient import Gradient, Grads, LossFn, differentiate, differentiate_stacks
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,6 +22,9 @@ class Plain(Gradient):
         buffers: Iterable[Tensor] = (),  # one pass moves them once
     ) -> tuple[Tensor, Grads]:
         return differentiate(loss_fn, list(params))
+
+    def on_stacks(self, losses: LossFn, params: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, Grads]:
+        return differentiate_stacks(losses, params)
 
 
 @method(

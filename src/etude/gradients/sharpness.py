@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from etude._method import method
-from etude.gradients._gradient import Gradient, Grads, LossFn, differentiate
+from etude.gradients._gradient import Gradient, Grads, LossFn, differentiate, differentiate_stacks
 from etude.gradients.plain import plain
 
 
@@ -40,6 +40,24 @@ class Sam(Gradient):
                     x.copy_(old)
             torch.clear_autocast_cache()
         return loss, grads
+
+    def on_stacks(self, losses: LossFn, params: list[Tensor], buffers: list[Tensor]) -> tuple[Tensor, Grads]:
+        each, grads = differentiate_stacks(losses, params)
+        if self.rho == 0:
+            return each, grads
+        kept = [(x, x.detach().clone()) for x in (*params, *buffers)]
+        with torch.no_grad():
+            squares = [g.reshape(len(g), -1).square().sum(1) for g in grads if g is not None]
+            norm = torch.stack(squares).sum(0).sqrt()
+            scale = torch.where(norm > 0, self.rho / norm, 0.0)
+            for w, g in zip(params, grads):
+                if g is not None:
+                    w.add_(g * scale.view(-1, *[1] * (g.ndim - 1)))
+        _, grads = differentiate_stacks(losses, params)
+        with torch.no_grad():
+            for x, old in kept:
+                x.copy_(old)
+        return each, grads
 
 
 def _climb(moved: list[tuple[Tensor, Tensor]], rho: float) -> None:

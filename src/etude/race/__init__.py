@@ -15,6 +15,7 @@ from etude.race._model import Result as Result
 from etude.race._model import Standing as Standing
 from etude.race.bridges import from_lightning as from_lightning
 from etude.race.bridges import from_trainer as from_trainer
+from etude.race.command import command as command
 from etude.race.task import Task as Task
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from etude.race.report import write_html as write_html
 
 __all__ = [
-    "Cell", "InputError", "Outcome", "Plan", "RaceError", "Result", "Standing", "Task", "branch", "data",
+    "Cell", "InputError", "Outcome", "Plan", "RaceError", "Result", "Standing", "Task", "branch", "command", "data",
     "from_lightning", "from_trainer", "race", "resume", "table", "to_json", "write_html",
 ]  # fmt: skip
 _OWN = ("race", "resume", "table", "to_json", "write_html")

@@ -66,13 +66,13 @@ def holm(p: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def welch(x: Values, y: Values) -> tuple[float, Pair]:
-    """Two-sided p of equal means without equal variances, and the 95 % interval of mean(x) - mean(y)."""
+def welch(x: Values, y: Values, level: float = 0.95) -> tuple[float, Pair]:
+    """Two-sided p of equal means without equal variances, and the interval of mean(x) - mean(y)."""
     difference = float(x.mean() - y.mean())
     if not np.ptp(x) and not np.ptp(y):
         return float(x[0] == y[0]), (difference, difference)
     test = stats.ttest_ind(x, y, equal_var=False)
-    return float(test.pvalue), tuple(map(float, test.confidence_interval(0.95)))  # type: ignore[return-value]
+    return float(test.pvalue), tuple(map(float, test.confidence_interval(level)))  # type: ignore[return-value]
 
 
 def power(n: int, effect: float, alpha: float) -> float:

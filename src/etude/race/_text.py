@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from etude.race._asked import MOST
 from etude.race._model import Plan, Result, Standing
+from etude.race._remarks import remarks
 from etude.race.verdict import DIFFERENT
 
 Pair = tuple[float, float]
@@ -17,7 +18,7 @@ Pair = tuple[float, float]
 def number(value: float, half: float | None = None, signed: bool = False) -> str:
     """A value to two digits of its half-width, else to three of its own: ``number(-8.31, 2.7)`` is "−8.3"."""
     sign = "+" if signed and value > 0 else ""
-    size = half if half else abs(value) / 10
+    size = max(half, abs(value) * 1e-5) if half else abs(value) / 10
     decimals = 2 if size == 0 or not math.isfinite(size) else max(0, 1 - math.floor(math.log10(size)))
     shown = f"{value:{sign}.{decimals}f}" if decimals <= 6 else f"{value:{sign}.2e}"
     return shown.replace("-", "−" if float(shown) else "").replace("+", "+" if float(shown) else "")
@@ -152,12 +153,15 @@ def notes(result: Result) -> list[tuple[str, str]]:
     if result.looks:
         counts = listed([f"{n}" for n in result.looks])
         lines.append(("bad", f"Judged before at {counts} seeds: p-values are of a single look."))
-    if result.plan.metric.startswith("validation "):
+    if twins := [s.contender for s in others if s.difference == 0 and s.values == base.values]:
+        what = f"{listed(twins)}: the very numbers of {base.contender} on every seed; did it take effect?"
+        lines.append(("bad", what))
+    if result.plan.metric.startswith("validation ") or (base.tuned and not result.plan.steps):
         lines.append(("shared", "No test data: learning rates and verdict are taken on the same validation data."))
     if base.at_edge:
         lines.append(("bad", f"{base.contender}'s lr is at the edge of its grid; mistrust “better”."))
     lines += [("bad", line) for s in result.standings if (line := failed_runs(s))]
-    return lines
+    return lines + remarks(result)
 
 
 def _open(result: Result) -> str:
@@ -173,7 +177,8 @@ def _open(result: Result) -> str:
             never.append(s.contender)
             continue
         many = "about {:,}" if some else f"About {{:,}} more seed{'s' * (s.more > 1)} would probably decide"
-        some.append(f"{many.format(s.more)} {s.contender} ({seconds(s.more * a_seed)})")
+        cost = f" ({seconds(s.more * a_seed)})" if a_seed else ""
+        some.append(f"{many.format(s.more)} {s.contender}{cost}")
     no = [f"{'no' if some else 'No'} number of seeds this race allows would decide {listed(never)}"] if never else []
     return "; ".join([", ".join(some)] * bool(some) + no)
 
@@ -189,6 +194,8 @@ def failed_runs(standing: Standing) -> str:
 
 
 def _control(result: Result) -> str:
+    if not result.plan.aa_seeds:
+        return "No A/A control: etude did not train these runs."
     p = "" if result.aa.p is None else f" (p = {chance(result.aa.p)})".replace("= <", "<")
     failed = f" {len(result.aa.failures)} of its runs failed." if result.aa.failures else ""
     return f"A/A control: {result.aa.word}{p}.{failed}"

@@ -17,7 +17,7 @@ import torch
 
 from etude.race._errors import InputError, one_line
 from etude.race._model import Cell
-from etude.race.subject import find
+from etude.race.subject import TaskSubject, find
 
 
 def _serve(lines: queue.Queue[str], out: TextIO, setup: dict[str, Any]) -> None:
@@ -30,6 +30,13 @@ def _serve(lines: queue.Queue[str], out: TextIO, setup: dict[str, Any]) -> None:
         try:
             if asked["kind"] == "cell":
                 answer = asdict(subject.train(Cell.of(asked["cell"]), **how))
+            elif asked["kind"] == "cells":
+                assert isinstance(subject, TaskSubject)
+                outcomes, why = subject.train_cells([Cell.of(cell) for cell in asked["cells"]], asked["how"], **how)
+                answer = {"outcomes": [asdict(outcome) for outcome in outcomes], "why": why}
+            elif asked["kind"] == "engine":
+                assert isinstance(subject, TaskSubject)
+                answer = subject.choose(asked["contender"], **asked["asked"], **how)
             else:
                 answer = subject.probe(asked["contender"], lr=asked["lr"], whole=asked["whole"], **how)
         except InputError as error:

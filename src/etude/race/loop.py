@@ -10,13 +10,14 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from etude import after, gradients, recipes, schedules
+from etude.race._costs import Energy, step_flops
 from etude.race._errors import InputError, one_line
 from etude.race._model import Cell, Outcome
 from etude.race.task import Factory, Task, digest_state, to_device
@@ -28,6 +29,8 @@ EVALUATIONS = 10
 HELD = 2
 """For so many points in a row the train loss must be above three times the initial one before a run is given up."""
 PROBE_STEPS = 20
+LONG, WATCHED = 5.0, 0.4
+"""Steps that took less than so many seconds are repeated for so many, to see what else runs on this machine."""
 Point = tuple[int, float, float, float]
 
 
@@ -45,6 +48,16 @@ def make_task(factory: Factory, seed: int) -> Task:
     return task
 
 
+def data_order(seed: int) -> torch.Generator:
+    """What decides the order of a run's data (R1)."""
+    return torch.Generator().manual_seed(stream_seed(seed, "data"))
+
+
+def marks(steps: int) -> set[int]:
+    """The steps after which a run is evaluated."""
+    return {math.ceil(steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+
+
 class Run:
     """A contender set up on a task, ready to step. Setting up is the same for every contender but for its recipe."""
 
@@ -57,13 +70,13 @@ class Run:
         self.device, self.steps, self.times, self.first = device, steps, list[float](), math.nan
         self.gradient = recipe.gradient or gradients.plain()
         self.optimizer = recipe.with_knobs(**dict(cell.more)).optimizer(self.model, lr=cell.lr, roles=self.task.roles)
-        bound = [after.attach(self.optimizer, self.model, value) for value in recipe.after]
-        self.averages = [b for b in bound if isinstance(b, after.Averaged)]
+        self.bound = [after.attach(self.optimizer, self.model, value) for value in recipe.after]
+        self.averages = [b for b in self.bound if isinstance(b, after.Averaged)]
         warm = max(1, round(WARMUP * steps))
-        decay = schedules.linear_decay(max(1, steps - warm))
-        self.schedule = schedules.attach(self.optimizer, schedules.warmup(warm) >> decay)
+        self.multiplier = schedules.warmup(warm) >> schedules.linear_decay(max(1, steps - warm))
+        self.schedule = schedules.attach(self.optimizer, self.multiplier)
         self.params = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.stream = self.task.batches(torch.Generator().manual_seed(stream_seed(seed, "data")))
+        self.stream = self.task.batches(data_order(seed))
 
     def step(self) -> Tensor:
         """One training step, timed; the loss at its start."""
@@ -84,14 +97,14 @@ class Run:
 
     def points(self) -> Iterator[Point]:
         """Train to the end, with a point of the curve at each evaluation; ends early where the run has diverged."""
-        marks = {math.ceil(self.steps * i / EVALUATIONS) for i in range(1, EVALUATIONS + 1)}
+        due = marks(self.steps)
         self.model.train()
         losses: list[Tensor] = []
         for step in range(1, self.steps + 1):
             losses.append(self.step())
             if step == 1:
                 self.first = losses[0].item()
-            if step in marks:
+            if step in due:
                 seconds, mean = math.fsum(self.times), torch.stack(losses).mean().item()
                 yield step, seconds, mean, self.measure(self.task.valid)
                 losses.clear()
@@ -147,6 +160,24 @@ def diverged(first: float, curve: list[Point]) -> str:
     return ""
 
 
+def _wall(factory: Factory, cell: Cell, few: int, steps: int, device: str) -> float:
+    """Seconds of a run by the clock on the wall: once warm, for long enough that whatever else runs here is seen."""
+    setting_up, stepping, passes, began = 0.0, 0.0, 0, time.perf_counter()
+    while time.perf_counter() - began < WATCHED:
+        start = time.perf_counter()
+        run = Run(factory, cell, steps=few, device=device)
+        built = time.perf_counter()
+        for _ in range(few):
+            run.step()
+        stepped = time.perf_counter()
+        run.measure(run.task.valid)
+        evaluation = time.perf_counter() - stepped
+        setting_up += built - start + EVALUATIONS * evaluation
+        stepping += stepped - built
+        passes += 1
+    return (setting_up + stepping * steps / few) / passes
+
+
 def probe(
     factory: Factory, contender: str, *, lr: float, steps: int, device: str = "cpu", whole: bool = False
 ) -> dict[str, Any]:
@@ -154,22 +185,36 @@ def probe(
 
     ``digest`` identifies the weights and the outputs after those steps, "" where they are not finite: a contender that
     has the baseline's at the same lr is a no-op on this model (R10). A contender that cannot be built raises
-    InputError; one that fails later does not.
+    InputError; one that fails later does not. ``seconds``: of a run, in the loop's own clock; ``wall``: by the clock
+    on the wall, with setting up. ``flops``, ``joules``: of a step, None where they cannot be read.
     """
     few = steps if whole else min(PROBE_STEPS, steps)
+    cell, energy = Cell(contender, "probe", lr, seed=0), Energy(device)
     try:
-        run = Run(factory, Cell(contender, "probe", lr, seed=0), steps=few, device=device)
+        run = Run(factory, cell, steps=few, device=device)
     except Exception as error:
         raise InputError(f"{contender}: {one_line(error)}") from error
     digest, reason, evaluation = "", "", 0.0
+    flops, joules = None, None
+    began = time.perf_counter()
     try:
+        energy.start()
         list(run.points())
-        began = run.now()
+        joules = energy.spent(few)
+        at = run.now()
         value = run.measure(run.task.valid)
-        evaluation = run.now() - began
+        evaluation = run.now() - at
         digest = f"{digest_state(run.model)} {value!r}" if math.isfinite(value) else ""
     except Exception as error:
         reason = f"raised {type(error).__name__}: {one_line(error)}"
     seconds = statistics.median(run.times) * steps + evaluation * EVALUATIONS if run.times else 0.0
+    wall, took = seconds, time.perf_counter() - began
+    if not reason and not whole:
+        with suppress(Exception):  # what cannot be counted or timed again stays as it is; no result depends on it
+            flops = step_flops(run.step)
+            wall = _wall(factory, cell, few, steps, device) if took < LONG else wall
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"digest": digest, "reason": reason, "seconds": seconds, "bytes": memory}
+    return {
+        "digest": digest, "reason": reason, "seconds": seconds, "wall": wall,
+        "bytes": memory, "flops": flops, "joules": joules,
+    }  # fmt: skip

@@ -13,16 +13,23 @@ from typing import Any
 import torch
 
 import etude
+from etude._words import nearest
 from etude.race._asked import MOST, SEEDS, Asked
 from etude.race._errors import InputError
-from etude.race._model import Plan, canonical
-from etude.race.subject import Opened, Subject, device_name
+from etude.race._model import Opened, Plan, Range, canonical
+from etude.race.looks import looks_of, split
+from etude.race.search import ranges
+from etude.race.subject import Subject, device_name
 from etude.race.verdict import visible_effect
 
 GRID = 7
 FACTOR = math.sqrt(10)
 TUNE_SEEDS = 3
-_DECIDES = {"_checkpoint", "bridges", "loop", "models", "subject", "task", "tasks"}
+ALPHA = 0.05
+_DECIDES = {
+    "_checkpoint", "_stacks", "_traced", "bridges", "command", "loop", "models", "population", "subject", "task",
+    "tasks",
+}  # fmt: skip
 """What of the race's own code decides the result of a cell."""
 
 
@@ -45,14 +52,16 @@ def entries(subject: Subject, asked: Sequence[str], baseline: str | None) -> dic
     return found
 
 
-def seeds_of(stage: str, seed: int, count: int) -> tuple[int, ...]:
+def seeds_of(stage: str, seed: int, count: int, skip: int = 0) -> tuple[int, ...]:
     """The seeds of a stage, the same however many there are: tuning, final and A/A never share one."""
     first = 10_000 * seed + MOST * ("tune", "final", "aa").index(stage)
-    return tuple(range(first, first + count))
+    return tuple(range(first + skip, first + skip + count))
 
 
 def grid(centre: float) -> tuple[float, ...]:
-    """Seven learning rates, factor √10, around ``centre``."""
+    """Seven learning rates, factor √10, around ``centre``; the one of a contender that has none to tune is 0."""
+    if not centre:
+        return (0.0,)
     return tuple(float(f"{centre * FACTOR**i:.6g}") for i in range(-(GRID // 2), GRID // 2 + 1))
 
 
@@ -77,11 +86,13 @@ def make_plan(
     contenders: Mapping[str, float],
     asked: Asked,
     *,
-    seconds: Mapping[str, float],
+    probes: Mapping[str, Mapping[str, Any]],
     workers: int,
 ) -> Plan:
     """``contenders``: canonical text → the learning rate its grid is centred on, baseline first."""
-    names, seeds = tuple(contenders), asked.seeds or SEEDS
+    names, seeds, (search, trials) = tuple(contenders), asked.seeds or SEEDS, asked.searched
+    looks = looks_of(seeds) if asked.looks else ()
+    alpha = split(looks, ALPHA)[-1] if looks else ALPHA
     return Plan(
         task=subject.name,
         metric=opened.metric,
@@ -90,13 +101,37 @@ def make_plan(
         baseline=names[0],
         contenders=names,
         grids={name: grid(lr) for name, lr in contenders.items()},
+        tune_budget=trials,
         tune_seeds=seeds_of("tune", asked.seed, TUNE_SEEDS),
-        final_seeds=seeds_of("final", asked.seed, seeds),
-        aa_seeds=seeds_of("aa", asked.seed, seeds),
-        seconds_per_run=dict(seconds),
-        visible=visible_effect(seeds, len(names) - 1),
+        final_seeds=seeds_of("final", asked.seed, seeds, asked.skip),
+        aa_seeds=seeds_of("aa", asked.seed, seeds, asked.skip),
+        alpha=ALPHA,
+        seconds_per_run={name: cost(probes[name]) for name in names},
+        visible=visible_effect(seeds, len(names) - 1, alpha=alpha),
         workers=workers,
+        search=search,
+        ranges=tuned_ranges(subject, contenders, asked.tune) if search != "grid" else {},
+        looks=looks,
+        flops={name: flops for name in names if (flops := probes[name].get("flops"))},
+        joules={name: joules for name in names if (joules := probes[name].get("joules"))},
     )
+
+
+def tuned_ranges(
+    subject: Subject, contenders: Mapping[str, float], tune: Sequence[str]
+) -> dict[str, tuple[Range, ...]]:
+    """What is tuned of each contender, lr first; a knob that none of them has is refused."""
+    known = {name: subject.knobs(name) for name in contenders}
+    for knob in tune:
+        if knob != "lr" and not any(knob in held for held in known.values()):
+            near = nearest(knob, {k for held in known.values() for k in held})
+            raise InputError(f"no contender has a knob {knob!r} to tune; nearest: {near}")
+    return {name: ranges(name, lr, known[name], tune) for name, lr in contenders.items()}
+
+
+def cost(probe: Mapping[str, Any]) -> float:
+    """Seconds of one run by the clock on the wall, as far as a probe tells."""
+    return float(probe.get("wall") or probe["seconds"])
 
 
 def folder_name(lock: Mapping[str, Any]) -> str:

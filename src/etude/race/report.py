@@ -204,7 +204,11 @@ def _reach(result: Result, standing: Standing) -> list[tuple[float, float] | Non
 
     Curves are taken on validation data, and so is the target, wherever the verdict is.
     """
-    ends = [run.curve[-1][3] for run in _charts.finals(result, result.standings[0]) if value_of(run) is not None]
+    ends = [
+        run.curve[-1][3]
+        for run in _charts.finals(result, result.standings[0])
+        if value_of(run) is not None and run.curve
+    ]
     if not ends:
         return [None for _ in standing.values]
     sign = 1 if result.plan.minimize else -1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -63,10 +63,22 @@ class Ledger:
 
     def put(self, outcome: Outcome) -> None:
         """Record a finished cell, on the disk when this returns."""
-        key, text = outcome.cell.key(self.lock), canonical(asdict(outcome))
+        self.put_all([outcome])
+
+    def put_all(self, outcomes: Sequence[Outcome]) -> None:
+        """Record cells that finished together: all of them or none."""
+        found = {outcome.cell.key(self.lock): outcome for outcome in outcomes}
+        rows = [(key, text, _checksum(key, text)) for key, o in found.items() for text in [canonical(asdict(o))]]
         with self._said():
-            self._db.execute("INSERT INTO cells VALUES (?, ?, ?)", (key, text, _checksum(key, text)))
-        self._outcomes[key] = outcome
+            self._db.execute("BEGIN")
+            try:
+                self._db.executemany("INSERT INTO cells VALUES (?, ?, ?)", rows)
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        self._outcomes |= found
 
     def fact(self, name: str) -> Any:
         """A named value beside the cells, or None."""

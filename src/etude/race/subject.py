@@ -1,28 +1,20 @@
-"""What is raced on, behind one interface: a task that etude trains (and, beside it, a command that trains itself)."""
+"""What is raced on, behind one interface: a task that etude trains, or a command that trains by itself."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
 
 from etude import recipes
-from etude.race import loop
+from etude.race import _engines, loop, population
 from etude.race._errors import InputError, one_line
-from etude.race._model import Cell, Outcome
+from etude.race._model import Cell, Opened, Outcome
+from etude.race.command import SCHEME, Command
 from etude.race.task import Task, digest_state
 from etude.race.tasks import Found, find_task
-
-
-@dataclass(frozen=True)
-class Opened:
-    """What a subject says of itself before anything is trained. ``lock``: what of it decides a result."""
-
-    steps: int
-    metric: str
-    minimize: bool
-    lock: dict[str, Any]
 
 
 class Subject(Protocol):
@@ -36,6 +28,9 @@ class Subject(Protocol):
 
     def entry(self, asked: str) -> tuple[str, float]:
         """A contender's canonical text without its learning rate, and the learning rate its grid is centred on."""
+
+    def knobs(self, contender: str) -> Mapping[str, Any]:
+        """What could be tuned of a contender beside lr, by name, with the values it starts from."""
 
     def open(self, seed: int) -> Opened:
         """What it is, seen at one seed; refuses what cannot be raced."""
@@ -77,6 +72,10 @@ class TaskSubject:
             raise InputError(f"the contender {asked!r}: its lr, {centre}, cannot centre a grid; give one in (0, 1000)")
         return str(recipe.with_knobs(lr=default)), float(centre)
 
+    def knobs(self, contender: str) -> Mapping[str, Any]:
+        rule = next(part for part in recipes.parse(contender).parts if part.room == "rules")
+        return {**rule.method.knobs, **dict(rule.knobs)}
+
     def open(self, seed: int) -> Opened:
         task = open_task(self.found, seed)
         lock = {"source": self.found.source, "data": task.data_hash(), "model": digest_state(task.model)}
@@ -90,9 +89,21 @@ class TaskSubject:
     def probe(self, contender: str, *, lr: float, steps: int, device: str, whole: bool) -> dict[str, Any]:
         return loop.probe(self.found.factory, contender, lr=lr, steps=steps, device=device, whole=whole)
 
+    def train_cells(
+        self, cells: Sequence[Cell], how: Mapping[str, Any], *, steps: int, device: str
+    ) -> tuple[list[Outcome], str]:
+        """Cells of one contender together, see `population.train_cells`."""
+        return population.train_cells(self.found.factory, cells, population.How(**how), steps=steps, device=device)
+
+    def choose(self, contender: str, **asked: Any) -> dict[str, Any]:
+        """How the contender's cells are to be trained, see `_engines.choose`."""
+        return asdict(_engines.choose(self.found.factory, contender, **asked))
+
 
 def find(ref: Any, **options: Any) -> Subject:
-    """The subject of a reference: a built-in task, a file's factory, or a factory; ``options`` as in `find_task`."""
+    """The subject of a reference: a task, its ``options`` as in `find_task`, or a command."""
+    if isinstance(ref, str) and ref.startswith(SCHEME):
+        return Command.of(ref)
     return TaskSubject(find_task(ref, **options))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.data import DataLoader, RandomSampler
 
 Batch = tuple[Any, Any]
@@ -106,6 +107,12 @@ class Task:
         _check_values("loss", loss, len(targets))
         return loss.mean()
 
+    def value(self, output: Any, targets: Any) -> Tensor:
+        """The metric of a batch, or of each of its examples."""
+        value = torch.as_tensor((self.metric or self.loss)(output, targets))
+        _check_values("metric", value, len(targets))
+        return value
+
     @torch.no_grad()
     def measure(self, model: nn.Module, data: Any, device: str = "cpu") -> float:
         """The metric of ``model`` in evaluation mode, averaged over the examples of ``data``."""
@@ -114,8 +121,7 @@ class Task:
         model.eval()
         for inputs, targets in batches_of(data):
             inputs, targets = to_device(inputs, device), to_device(targets, device)
-            value = torch.as_tensor((self.metric or self.loss)(forward(model, inputs), targets))
-            _check_values("metric", value, len(targets))
+            value = self.value(forward(model, inputs), targets)
             total += value.double().mean().item() * len(targets)
             count += len(targets)
         model.train(was_training)
@@ -138,6 +144,11 @@ def forward(model: Callable[..., Any], inputs: Any) -> Any:
     """The output of a model: a dict of inputs reaches it by name; of an output that has ``.logits``, those."""
     output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
     return getattr(output, "logits", output)
+
+
+def called(model: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> Callable[..., Any]:
+    """The model as a function, with these weights and buffers."""
+    return lambda *args, **kwargs: functional_call(model, ({**params}, {**buffers}), args, kwargs)
 
 
 def as_batch(given: Any) -> Batch:

@@ -73,10 +73,19 @@ class Recipe:
         return rules.optimizer(model, recipe.rule, **options)
 
     def with_knobs(self, **given: Any) -> Recipe:
-        """The same recipe with other knobs of its rule."""
+        """The same recipe with other knobs of its rule; ``betas[0]`` is one entry of a knob that holds several."""
         if not (found := self._of("rules")):
             raise ValueError(f"the recipe {self} names no rule to take {', '.join(given)}")
-        rule = make_part(found[0].method, {**dict(found[0].knobs), **given})
+        knobs = dict(found[0].knobs)
+        for name, value in given.items():
+            knob, _, place = name.partition("[")
+            held = knobs.get(knob, found[0].method.knobs.get(knob))
+            if place and isinstance(held, tuple):
+                i = int(place.removesuffix("]"))
+                knobs[knob] = (*held[:i], value, *held[i + 1 :])
+            else:
+                knobs[name] = value
+        rule = make_part(found[0].method, knobs)
         return Recipe((rule, *(part for part in self.parts if part.room != "rules")))
 
     def __str__(self) -> str:
