@@ -52,7 +52,7 @@ class Classifier(lightning.LightningModule):
 
 class ClassifierToTest(Classifier):
     def test_step(self, batch, i):
-        self.log("test_loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+        self.log("test_loss", 2 * nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
 
 
 class Points(lightning.LightningDataModule):
@@ -92,8 +92,11 @@ def test_lightning_validation_is_what_lightning_itself_computes():
         own = trainer.validate(module, Points(), verbose=False)[0]
     for name, least in (("val_loss", True), ("val_accuracy", False)):
         task = from_lightning(module, Points(), steps=1, metric=name, minimize=least)
-        for _ in range(2):  # a metric that was not reset would tell at the second time
-            assert task.measure(task.model, task.valid) == pytest.approx(own[name], rel=1e-6)
+        assert task.measure(task.model, task.valid) == pytest.approx(own[name], rel=1e-6)
+    with torch.no_grad():
+        for p in module.net[-1].parameters():
+            p.neg_()  # every guess is now the other; a metric that was not reset would still know the first ones
+    assert task.measure(task.model, task.valid) == pytest.approx(1 - own["val_accuracy"], rel=1e-6)
 
 
 def test_lightning_training_is_the_plain_loop_on_training_step():
@@ -120,7 +123,7 @@ def test_lightning_test_data_give_the_verdict():
 
     task = factory(0)
     with torch.no_grad():
-        expected = nn.functional.cross_entropy(task.model.module.net(X[85:]), Y[85:]).item()
+        expected = 2 * nn.functional.cross_entropy(task.model.module.net(X[85:]), Y[85:]).item()
     assert task.measure(task.model, task.test) == pytest.approx(expected, rel=1e-6)
     tune, final = (loop.train(factory, Cell("sgd", stage, 0.1, 3), steps=4) for stage in ("tune", "final"))
     assert "" == tune.reason == final.reason

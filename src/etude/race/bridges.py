@@ -135,6 +135,9 @@ class _Scores:
 
     def over(self, whole: Whole, kind: str, name: str) -> float:
         self.sums, self.metrics, step = {}, {}, getattr(self.module, f"{kind}_step")
+        for part in self.module.modules():
+            if hasattr(part, "compute") and hasattr(part, "reset"):  # a metric, from whatever it has seen before
+                part.reset()
         for i, batch in enumerate(whole):
             self.n = _examples(batch)
             step(batch, i)
@@ -144,7 +147,6 @@ class _Scores:
         found = {key: value / total for key, value in self.sums.items()}
         for key, kept in self.metrics.items():
             found[key] = float(kept.compute())
-            kept.reset()
         if name not in found:
             raise InputError(f"{kind}_step logs no {name!r}; it logs {', '.join(found) or 'nothing'}")
         return found[name]
