@@ -19,7 +19,9 @@ FLOORS = {"recipes": 2, "step": 2, "race": 3, "doctor": 3, "catalogue": 4, "cli"
 FLOORS |= {room: 1 for room in ROOMS if room != "recipes"}  # every other module is floor 0
 
 # What may be imported inside a function: the extras, which `import etude` must not need, and what stands behind them.
-EXTRAS = {"jinja2", "numpy", "pyarrow", "rich", "safetensors", "scipy", "sklearn", "typer", "vl_convert"}
+EXTRAS = {
+    "jinja2", "numpy", "pyarrow", "ray", "rich", "safetensors", "scipy", "sklearn", "submitit", "typer", "vl_convert",
+}  # fmt: skip
 EDGES = {
     ("cli.py", "etude._commands"),
     ("_commands.py", "etude.race._cli"),
