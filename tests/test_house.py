@@ -20,8 +20,8 @@ FLOORS |= {room: 1 for room in ROOMS if room != "recipes"}  # every other module
 
 # What may be imported inside a function: the extras, which `import etude` must not need, and what stands behind them.
 EXTRAS = {
-    "datasets", "jinja2", "numpy", "optuna", "pyarrow", "pynvml", "rich", "safetensors", "scipy", "sklearn",
-    "transformers", "typer", "vl_convert",
+    "datasets", "jinja2", "numpy", "optuna", "pyarrow", "pynvml", "ray", "rich", "safetensors", "scipy", "sklearn",
+    "submitit", "transformers", "typer", "vl_convert",
 }  # fmt: skip
 EDGES = {
     ("cli.py", "etude._commands"),

@@ -14,7 +14,7 @@ from etude.race import Cell, InputError, RaceError, Result
 from etude.race import _run as running
 from etude.race._cli import race_command
 from etude.race.loop import train
-from etude.race.pool import Pool, cell_request, cores, outcome_of
+from etude.race.pool import Pool, Worker, cell_request, cores, outcome_of
 from etude.race.report import to_json
 from etude.race.store import FILE, Ledger
 from etude.race.tasks import find_task
@@ -42,7 +42,7 @@ def raced(tmp_path_factory):
 @pytest.fixture
 def no_worker(monkeypatch):
     """No process may be started."""
-    monkeypatch.setattr(Pool, "_start", lambda self: pytest.fail("a worker was started"))
+    monkeypatch.setattr(Worker, "_start", lambda self: pytest.fail("a worker was started"))
 
 
 def test_a_race_has_the_runs_of_its_plan_and_a_verdict_for_each(raced):
@@ -174,7 +174,7 @@ def test_a_worker_that_cannot_be_started_ends_the_race_in_one_line(tmp_path, mon
     def no_process(self):
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(Pool, "_start", no_process)
+    monkeypatch.setattr(Worker, "_start", no_process)
     with pytest.raises(RaceError, match=r"a worker cannot be started or heard: .*temporarily unavailable"):
         etude.race(str(TINY), ["adamw", "lion"], folder=tmp_path, **QUICK)
 

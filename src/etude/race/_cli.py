@@ -13,6 +13,7 @@ from etude.race._asked import FLOOR
 from etude.race._errors import InputError, RaceError
 from etude.race._run import ask, resume, run, show
 from etude.race.command import command
+from etude.race.executors import PLACES, on_ray
 from etude.race.report import to_json
 
 
@@ -43,7 +44,8 @@ def race_command(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; cpu if not given.")] = None,
     seed: Annotated[int | None, typer.Option(help="Another seed, another race; 0 if not given.")] = None,
     engine: Annotated[str | None, typer.Option(help="auto, loop or population; auto if not given.")] = None,
-    on: Annotated[str | None, typer.Option(help="Where the runs are trained; here if not given.")] = None,
+    on: Annotated[str | None, typer.Option(help=f"Where the runs are trained: {PLACES}.")] = None,
+    ray: Annotated[str | None, typer.Option(help="On Ray: auto or a cluster's address; as --on ray:ADDRESS.")] = None,
     metric: Annotated[str | None, typer.Option(help="Of a command: its metric; val_loss if not given.")] = None,
     metric_file: Annotated[str | None, typer.Option(help="Of a command: the file it writes its metric to.")] = None,
     maximize: Annotated[bool, typer.Option("--maximize", help="Of a command: more is better.")] = False,
@@ -95,6 +97,10 @@ def race_command(
             raise InputError(f"--{option} is of a command: etude race adamw muon -- python train.py …")
         if quick and seeds is not None:
             raise InputError("--quick and --seeds both say how many seeds; give one")
+        if ray is not None:
+            if on is not None:
+                raise InputError("--on and --ray both say where the runs are trained; give one")
+            options["on"] = on_ray(ray)
         if continue_ is not None:
             result = resume(continue_, task=task, contenders=contenders or None, **options)
         elif task is None or not contenders:
