@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from etude.race import _draw, _forest, _text, report, verdict
+from etude.race import _cards, _draw, _forest, _sheet, _text, report, verdict
 from etude.race._model import Cell, Outcome, Plan, Result
 from etude.race.search import search_of
 
@@ -213,7 +213,7 @@ def test_names_break_only_after_spaces_commas_and_parentheses(result, width):
 
 def test_a_contender_of_which_every_run_failed_has_a_dash_for_its_learning_rate(result, tmp_path):
     odd = everything_failed(result)
-    assert all(report._line(odd, s).lr == "–" for s in odd.standings)
+    assert all(_sheet.line(odd, s).lr == "–" for s in odd.standings)
     assert "at the edge" not in printed(odd, 120)
     report.write_html(odd, tmp_path / "odd.html")
     assert "lr –</small>" in (tmp_path / "odd.html").read_text(encoding="utf-8")
@@ -232,14 +232,15 @@ def test_r12_the_target_of_a_curve_is_taken_on_the_data_of_the_curve(result):
     standings, aa = verdict.judge(result.plan, far)
     moved = replace(result, standings=standings, aa=aa, outcomes=far)
     for s, t in zip(result.standings, standings):
-        assert report._reach(result, s) == report._reach(moved, t)
-    assert sum(r is not None for r in report._reach(moved, standings[0])) == 5
+        assert _cards._reach(result, s) == _cards._reach(moved, t)
+    assert sum(r is not None for r in _cards._reach(moved, standings[0])) == 5
 
 
 def test_the_page_loads_nothing(page):
     reader = Reader(page)
     assert reader.open == []
-    assert reader.loads == ["data:,"]
+    assert [place for place in reader.loads if not place.startswith("#")] == ["data:,"]
+    assert {place[1:] for place in reader.loads if place.startswith("#")} <= set(reader.ids)
     assert not re.search(r"@import|https?:|url\((?!#)|<script(?! type=\"application/json\")", page)
 
 
@@ -254,7 +255,7 @@ def test_the_page_holds_every_contender_word_and_number_of_the_table(result, pag
 
 
 def test_the_figures_take_their_colours_from_the_page_and_their_ids_are_unique(page):
-    assert len(page.split("<svg ")) - 1 == 2 + len(CONTENDERS) + 4 + 1
+    assert len(page.split("<svg ")) - 1 == 2 + len(CONTENDERS) + 6 + 1
     used = set(re.findall(r"(?:fill|stroke)=\"(?!none|transparent)([^\"]*)\"", page))
     assert all(colour.startswith("var(--") for colour in used), used
     for name in used:
@@ -280,12 +281,12 @@ def test_json_round_trips_and_has_no_nan_though_the_curves_do(result, page):
 
 
 def test_the_forest_ranks_the_best_first_and_the_failed_last(result):
-    ranked = sorted(result.standings[1:], key=lambda s: _forest._rank(s, True))
+    ranked = sorted(result.standings[1:], key=lambda s: _draw.rank(s, True))
     assert [ranked[0].contender, ranked[-1].word] == ["muon", "failed"]
     differences = [s.difference for s in ranked[:-1]]
     assert differences == sorted(differences)
     survivors = replace(ranked[-1], difference=-1.0)  # its few survivors may look the best
-    assert sorted([survivors, *ranked], key=lambda s: _forest._rank(s, True))[0] is ranked[0]
+    assert sorted([survivors, *ranked], key=lambda s: _draw.rank(s, True))[0] is ranked[0]
 
 
 def test_a_bar_beyond_the_axis_is_cut_and_carries_an_arrow(result):
@@ -311,12 +312,12 @@ def test_the_forest_says_that_its_intervals_are_before_holm(page):
 
 def test_r12_time_to_target_counts_runs_that_never_arrive_as_infinitely_late(result):
     by_name = {s.contender: s for s in result.standings}
-    cost = report._cost(result, by_name["adamw"])
+    cost = _cards.cost(result, by_name["adamw"])
     assert cost["reached"] == "5 of 10"  # half of the baseline's runs are at or below their median
-    assert report._cost(result, by_name["prodigy"])["steps"] == "–"
-    assert report._middle([(10, 1.0), None, (20, 2.0)], 0) == 20
-    assert report._middle([None, None, (20, 2.0)], 0) is None
-    assert report._middle([(10, 1.0), None], 0) == 10  # half arrive: so does the baseline by its own target
+    assert _cards.cost(result, by_name["prodigy"])["steps"] == "–"
+    assert _cards._middle([(10, 1.0), None, (20, 2.0)], 0) == 20
+    assert _cards._middle([None, None, (20, 2.0)], 0) is None
+    assert _cards._middle([(10, 1.0), None], 0) == 10  # half arrive: so does the baseline by its own target
     assert cost["steps"] != "–"
 
 

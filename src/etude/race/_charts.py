@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from etude.race import _text
-from etude.race._draw import Row, colour, draw, end, layer, quantity, raw
+from etude.race._draw import Row, colour, draw, end, layer, quantity, raw, shown
 from etude.race._model import Outcome, Result, Standing
 from etude.race._statistics import t_interval
 from etude.race.verdict import value_of
@@ -15,7 +16,8 @@ from etude.race.verdict import value_of
 Pair = tuple[float, float]
 STEP, SECONDS, LOSS, METRIC = range(4)
 """The columns of a curve."""
-
+HALF = (360, 232)
+"""Pixels of a figure of half the page: letters stay readable on a phone."""
 
 POWER = "replace(format(datum.value, '~e'), '+', '')"
 """1e-3, 1e0, 1e2."""
@@ -73,7 +75,8 @@ def _shown(result: Result) -> Pair:
 def curves(result: Result, across: int, up: int, title: str) -> str:
     """Mean over the final seeds with its 95 % band; a run that failed ends in a cross."""
     lines = {s.contender: _line(result, s, across, up) for s in result.standings}
-    rows = [row for mean in lines.values() for row in mean]
+    rows = [row for name in _painted(result) for row in lines[name]]
+    bands = [row for name in shown(result) for row in lines[name]]
     lost = [row for s in result.standings for row in _lost(result, s, across, up)]
     sound = [row["y"] for s in result.standings if s.word != "failed" for row in lines[s.contender]]
     low, high = (min(sound), max(sound)) if sound else (0.0, 1.0)
@@ -88,24 +91,43 @@ def curves(result: Result, across: int, up: int, title: str) -> str:
         axis={"tickCount": 4, "format": "~g"},
     )  # fmt: skip
     own = raw("colour")
-    split = {"field": "contender", "type": "nominal"}
+    split = {"field": "contender", "type": "nominal", "sort": None}
+    band = {"x": x, "y": y | {"field": "low"}, "y2": end("high"), "color": own, "detail": split}
     layers = [
-        layer(
-            "area",
-            rows,
-            x=x,
-            y=y | {"field": "low"},
-            y2=end("high"),
-            color=own,
-            detail=split,
-            _opacity=0.13,
-            _clip=True,
-        ),
+        layer("area", bands, **band, _opacity=0.13, _clip=True),
         layer("line", rows, x=x, y=y, color=own, detail=split, _strokeWidth=2, _clip=True),
         layer("text", lost, x=x, y=y, color=own, _text="✕", _fontSize=12, _fontWeight="bold", _clip=True),
     ]
     what = _text.watched(result.plan) if up == METRIC else "train loss"
-    return draw(layers, 400, 256, f"{what} by {title}, a line per contender")
+    return draw(layers, *HALF, f"{what} by {title}, a line per contender")
+
+
+def profile(reached: Mapping[str, Sequence[Pair | None]], result: Result, which: int, title: str) -> str:
+    """The share of each contender's final runs that have stood at the target by then (R12)."""
+    known = [point[which] for runs in reached.values() for point in runs if point is not None]
+    end_, rows = max([*known, *_ends(result, which)], default=1.0), list[Row]()
+    for name in _painted(result):
+        runs = reached[name]
+        times = sorted(point[which] for point in runs if point is not None)
+        steps = [(0.0, 0.0), *((t, (i + 1) / len(runs)) for i, t in enumerate(times))]
+        steps.append((end_, steps[-1][1]))
+        rows += [{"x": t, "y": 100 * share, "contender": name, "colour": colour(result, name)} for t, share in steps]
+    x = quantity("x", axis={"title": title, "grid": False, "tickCount": 5}, scale={"domain": [0, end_], "nice": False})
+    y = quantity("y", scale={"domain": [-1, 101], "nice": False}, axis={"title": "% of runs", "tickCount": 4})
+    split = {"field": "contender", "type": "nominal", "sort": None}
+    line = layer("line", rows, x=x, y=y, color=raw("colour"), detail=split, _strokeWidth=2, _interpolate="step-after")
+    return draw([line], *HALF, f"Share of runs at the target by {title}, a line per contender")
+
+
+def _ends(result: Result, which: int) -> list[float]:
+    """Where the curves of the final runs end."""
+    return [o.curve[-1][which] for s in result.standings for o in finals(result, s) if o.curve]
+
+
+def _painted(result: Result) -> list[str]:
+    """The contenders in the order in which they are drawn: those without a colour of their own under the others."""
+    own = shown(result)
+    return [name for name in result.plan.contenders if name not in own] + own[::-1]
 
 
 def finals(result: Result, standing: Standing) -> list[Outcome]:
@@ -158,4 +180,4 @@ def control(result: Result) -> str:
         ),
         layer("circle", bars, x=x, y=y, _color="var(--c0)", _size=110, _opacity=1, _yOffset=-5),
     ]
-    return draw(layers, 400, 146, f"The baseline against itself: {result.aa.word}")
+    return draw(layers, HALF[0], 140, f"The baseline against itself: {result.aa.word}")

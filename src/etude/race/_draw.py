@@ -10,7 +10,7 @@ from typing import Any
 
 import vl_convert
 
-from etude.race._model import Result
+from etude.race._model import Result, Standing
 
 Spec = dict[str, Any]
 Row = dict[str, Any]
@@ -32,9 +32,27 @@ CONFIG: Spec = {
 }  # fmt: skip
 
 
+def ranked(result: Result) -> list[Standing]:
+    """The baseline, then the best first and the failed last."""
+    base, *others = result.standings
+    return [base, *sorted(others, key=lambda s: rank(s, result.plan.minimize))]
+
+
+def rank(standing: Standing, minimize: bool) -> tuple[bool, float]:
+    """Best first, failed last: the few survivors of a failed contender may look the best."""
+    return standing.word == "failed", (standing.difference or 0.0) * (1 if minimize else -1)
+
+
+def shown(result: Result) -> list[str]:
+    """The contenders with a colour of their own: all, or the baseline and the best where they are many."""
+    names = result.plan.contenders
+    return list(names) if len(names) <= COLOURS else [s.contender for s in ranked(result)[:COLOURS]]
+
+
 def colour(result: Result, contender: str) -> str:
-    """The contender's own colour; the baseline's is ink."""
-    return f"var(--c{result.plan.contenders.index(contender) % COLOURS})"
+    """The contender's own colour; the baseline's is ink, and those beyond the palette share a faint one."""
+    names = shown(result)
+    return f"var(--c{names.index(contender)})" if contender in names else "var(--faint)"
 
 
 def word_colour(word: str) -> str:

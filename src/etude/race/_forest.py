@@ -6,26 +6,30 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 
-from etude.race._draw import Row, Spec, draw, end, layer, quantity, raw, word_colour
+from etude.race._draw import Row, Spec, draw, end, layer, quantity, rank, raw, word_colour
 from etude.race._model import Result, Standing
 from etude.race._text import difference, scale
 
 Pair = tuple[float, float]
 WIDE, NARROW = 872, 356
 """Pixels: the column of the page, and of a phone."""
+MANY = 12
+"""Contenders above which the rows stand closer."""
 
 
 def forest(result: Result, wide: bool) -> str:
     """Paired differences from the baseline with their intervals, seeds as dots, the verdict beside; best on top."""
     base, *others = result.standings
-    others.sort(key=lambda s: _rank(s, result.plan.minimize))
+    others.sort(key=lambda s: rank(s, result.plan.minimize))
     factor, unit = scale(base)
     rope = result.plan.rope * abs(base.mean or 0.0) * factor
-    span = _span(others, base, factor, rope)
-    bars = [_bar(i, s, base, span) for i, s in enumerate(others)]
+    paired, dense = result.plan.paired, len(others) > MANY
+    span = _span(others, base, factor, rope, paired)
+    bars = [_bar(i, s, base, span, 2 if dense else 3) for i, s in enumerate(others)]
     left = 26 + round(9 * max(len(line) for bar in bars for line in bar["name"].split("\n"))) if wide else 2
     right = 26 + round(max(max(8.8 * len(bar["word"]), 7.6 * len(bar["numbers"])) for bar in bars)) if wide else 2
-    width, height = (WIDE if wide else NARROW) - left - right, (58 if wide else 92) * len(bars)
+    row = (42 if dense else 58) if wide else 92
+    width, height = (WIDE if wide else NARROW) - left - right, row * len(bars)
     better = "left" if result.plan.minimize else "right"
     title = f"difference from {base.contender}{', % of its ' + result.plan.metric if unit else ''}: {better} is better"
     x = quantity(
@@ -37,12 +41,18 @@ def forest(result: Result, wide: bool) -> str:
         layer("rect", [{"x": -rope, "x2": rope}], x=x, x2=end("x2"), y=_at(0), y2=_at(height), _color="var(--band)"),
         layer("rule", [{"row": i - 0.5} for i in range(len(bars) + 1)], y=y, _color="var(--rule)"),
         layer("rule", [{"x": 0}], x=x, _color="var(--ink)", _strokeWidth=1),
-        *_marks(bars, _dots(bars, others, base, span), x, y, 0 if wide else 14),
+        *_marks(bars, _dots(bars, others, base, span) if paired else [], x, y, 0 if wide else 14),
         *(_beside(bars, left, width, y) if wide else _above(bars, width, y)),
     ]
     spoken = "; ".join(f"{s.contender} {difference(s, base)}, {s.word}" for s in others)
     room = {"left": left, "right": right, "top": 4, "bottom": 50 if len(title) * 6.2 < width else 66}
-    return draw(layers, width, height, f"Paired differences from {base.contender}: {spoken}", room)
+    return draw(
+        layers,
+        width,
+        height,
+        f"{'Paired differences' if paired else 'Differences'} from {base.contender}: {spoken}",
+        room,
+    )
 
 
 def _folded(title: str, width: int) -> list[str]:
@@ -83,14 +93,10 @@ def _differences(standing: Standing, base: Standing) -> list[float]:
     return [x - y for x, y in zip(standing.values, base.values) if x is not None and y is not None]
 
 
-def _rank(standing: Standing, minimize: bool) -> tuple[bool, float]:
-    """Best first, failed last."""
-    return standing.word == "failed", (standing.difference or 0.0) * (1 if minimize else -1)
-
-
-def _span(others: Sequence[Standing], base: Standing, factor: float, rope: float) -> Pair:
+def _span(others: Sequence[Standing], base: Standing, factor: float, rope: float, paired: bool = True) -> Pair:
     """The axis: wide enough for every contender but those far outside, whose bars end in an arrow."""
-    reach = [[*s.difference_interval, *_differences(s, base)] for s in others if s.difference_interval]
+    known = [s for s in others if s.difference_interval]
+    reach = [[*(s.difference_interval or ()), *(_differences(s, base) if paired else ())] for s in known]
     sizes = [max(map(abs, ends)) for ends in reach]
     usual = [factor * end for ends, size in zip(reach, sizes) if size <= 4 * statistics.median(sizes) for end in ends]
     low, high = min([*usual, -1.5 * rope]), max([*usual, 1.5 * rope])
@@ -98,10 +104,10 @@ def _span(others: Sequence[Standing], base: Standing, factor: float, rope: float
     return low - pad, high + pad
 
 
-def _bar(i: int, s: Standing, base: Standing, span: Pair) -> Row:
-    """One row of the forest; ends beyond the axis are cut and carry an arrow."""
+def _bar(i: int, s: Standing, base: Standing, span: Pair, lines: int = 3) -> Row:
+    """One row of the forest, its name in so many ``lines``; ends beyond the axis are cut and carry an arrow."""
     factor, _ = scale(base)
-    name = "\n".join(textwrap.wrap(s.contender, 24))
+    name = "\n".join(textwrap.wrap(s.contender, 24, max_lines=lines, placeholder=" …"))
     bar: Row = {"row": i, "name": name, "word": s.word, "colour": word_colour(s.word), "low": None, "blow": None}
     failed = f"{len(s.failures)} of {len(s.values)} runs failed"
     bar["numbers"] = failed if s.word == "failed" or s.difference is None else difference(s, base)

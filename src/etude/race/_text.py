@@ -13,6 +13,8 @@ from etude.race._remarks import remarks
 from etude.race.verdict import DIFFERENT
 
 Pair = tuple[float, float]
+NAMED = 6
+"""Contenders that a sentence names; beyond, the last are counted."""
 
 
 def number(value: float, half: float | None = None, signed: bool = False) -> str:
@@ -78,15 +80,16 @@ def rate(lr: float) -> str:
 
 
 def chosen(standing: Standing) -> str:
-    """The learning rate taken, a star where it is at the edge; a dash where every rate tried has failed."""
-    if standing.tuned and all(mean is None for _, mean in standing.tuned):
+    """The learning rate taken, a star where it is at the edge; a dash where none is known or every one has failed."""
+    if not standing.lr or (standing.tuned and all(mean is None for _, mean in standing.tuned)):
         return "–"
     return rate(standing.lr) + "*" * standing.at_edge
 
 
 def watched(plan: Plan) -> str:
-    """The metric of tuning and of the curves, which is never taken on test data: ``validation loss``."""
-    return f"validation {plan.metric.partition(' ')[2]}"
+    """The metric of tuning and of the curves, never of test data: ``validation loss``, or a command's own name."""
+    data, _, name = plan.metric.partition(" ")
+    return f"validation {name}" if data in ("test", "validation") and name else plan.metric
 
 
 def folded(name: str, width: int) -> str:
@@ -128,6 +131,8 @@ def headline(result: Result) -> list[tuple[str, str]]:
         mine = [s for s in others if s.word == word]
         mine.sort(key=lambda s: s.difference or 0.0, reverse=not result.plan.minimize)
         names = [f"{s.contender} ({_short(s, base)})" if word in ("better", "worse") else s.contender for s in mine]
+        if len(names) > NAMED:
+            names = [*names[: NAMED - 1], f"{len(names) - NAMED + 1} others"]
         if names:
             said = form[len(names) > 1].format(base.contender)
             sentences.append((word, f"{listed(names)} {said}."))
@@ -169,18 +174,24 @@ def _open(result: Result) -> str:
     (base, *others), plan = result.standings, result.plan
     each = {s.contender: plan.seconds_per_run.get(s.contender, s.seconds or 0.0) for s in result.standings}
     a_seed = (sum(each.values()) + each[base.contender]) / plan.workers  # the A/A control runs on more seeds too
-    some, never = list[str](), list[str]()
+    some, never = list[tuple[int, str]](), list[str]()
     for s in others:
         if s.word != "no significant difference" or s.failures or base.failures or not s.difference:
             continue  # decided, or nothing that more seeds would mend
         if s.more is None or len(plan.final_seeds) + s.more > MOST:
             never.append(s.contender)
-            continue
-        many = "about {:,}" if some else f"About {{:,}} more seed{'s' * (s.more > 1)} would probably decide"
-        cost = f" ({seconds(s.more * a_seed)})" if a_seed else ""
-        some.append(f"{many.format(s.more)} {s.contender}{cost}")
+        else:
+            cost = f" ({seconds(s.more * a_seed)})" if a_seed else ""
+            some.append((s.more, f"{s.contender}{cost}"))
+    rest = len(some) - NAMED + 1 if len(some) > NAMED else 0
+    some = sorted(some)[: NAMED - 1] if rest else some
+    first = f"About {some[0][0]:,} more seed{'s' * (some[0][0] > 1)} would probably decide " if some else ""
+    said = [f"{first}{some[0][1]}", *(f"about {n:,} {name}" for n, name in some[1:])] if some else []
+    said += [f"more for {rest} others"] * bool(rest)
+    if len(never) > NAMED:
+        never = [*never[: NAMED - 1], f"{len(never) - NAMED + 1} others"]
     no = [f"{'no' if some else 'No'} number of seeds this race allows would decide {listed(never)}"] if never else []
-    return "; ".join([", ".join(some)] * bool(some) + no)
+    return "; ".join([", ".join(said)] * bool(said) + no)
 
 
 def failed_runs(standing: Standing) -> str:
