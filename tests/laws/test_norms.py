@@ -1,13 +1,20 @@
-"""What is true of every norm, of the pattern language, and of swap."""
+"""What is true of every norm, of the pattern language, and of swap.
 
+A norm that cannot keep a law says so beside its code, with the reason: a class attribute ``_no_vmap``, ``_no_compile``,
+``_no_second_derivative`` or ``_no_gradcheck``. The law then demands that it really fails.
+"""
+
+import contextlib
 import copy
+import inspect
 import pickle
 from functools import partial
 
 import pytest
 import torch
 import transformers
-from plays.norms import make
+from plays import norms as plays
+from plays.norms import call, conditions, layer, make
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
@@ -15,33 +22,61 @@ from etude import norms, rules
 from etude._method import methods
 from etude._roles import roles
 
-NORMS = [m for m in methods().values() if m.room == "norms"]
+NORMS = [m for m in methods().values() if m.room == "norms" and "model" not in inspect.signature(m.fn).parameters]
 each = pytest.mark.parametrize("method", NORMS, ids=lambda m: m.name)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def built(method):
-    norm = make(method)
     torch.manual_seed(3)
+    norm = layer(make(method))
     for p in norm.parameters():
-        nn.init.normal_(p, 1.0, 0.3)
+        if p.ndim < 2:
+            nn.init.normal_(p, 1.0, 0.3)
+        else:
+            nn.init.normal_(p, 0.0, p[0].numel() ** -0.5)
     return norm
 
 
-def example(norm, scale=1.0):
-    torch.manual_seed(4)
-    return scale * torch.randn((3, norm.features, 4) if norm.axis == 1 else (3, 4, norm.features)) + scale
+def example(norm, scale=1.0, batch=3):
+    return (scale * plays.example(norm, torch.Generator().manual_seed(4), batch) + scale).float()
+
+
+class Call(nn.Module):
+    """x → norm(x, the condition of the table)."""
+
+    def __init__(self, norm, x):
+        super().__init__()
+        self.norm, self.rest = norm, conditions(norm, x)
+
+    def forward(self, x):
+        return self.norm(x, *self.rest)
+
+
+@contextlib.contextmanager
+def kept(norm, law):
+    """The body, which holds; or fails, where the norm declares that it cannot."""
+    reason = getattr(norm, law, "")
+    if not reason:
+        yield
+        return
+    assert len(reason) > 10, f"{law} of {type(norm).__name__} must say why"
+    try:
+        yield
+    except Exception:
+        return
+    pytest.fail(f"{type(norm).__name__} declares {law} ({reason}), but it keeps the law")
 
 
 @each
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_shape_and_dtype_are_kept_and_x_is_not_touched(method, dtype):
     norm = built(method)
-    reference = norm(example(norm))
-    low = copy.deepcopy(norm).to(dtype)
+    reference = call(norm, example(norm))
+    low = copy.deepcopy(built(method)).to(dtype)
     x = example(norm).to(dtype)
     before, leaf = x.clone(), x.requires_grad_()
-    y = low(leaf)
+    y = call(low, leaf)
     y.sum().backward()
     assert (y.shape, y.dtype, leaf.grad.dtype) == (x.shape, dtype, dtype)
     assert torch.equal(x.detach(), before)
@@ -52,12 +87,14 @@ def test_shape_and_dtype_are_kept_and_x_is_not_touched(method, dtype):
 def test_low_precision_input_meets_float32_weights_and_autocast(method):
     norm = built(method)
     x = example(norm).bfloat16().requires_grad_()
-    y = norm(x)
+    y = call(norm, x)
     y.sum().backward()
-    assert (y.dtype, x.grad.dtype, norm.weight.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert {p.grad.dtype for p in norm.parameters() if p.requires_grad} <= {torch.float32}
+    inside, outside = copy.deepcopy(norm), copy.deepcopy(norm)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = norm(example(norm))
-    torch.testing.assert_close(inside.float(), norm(example(norm)), rtol=0.02, atol=0.02)
+        got = call(inside, example(norm))
+    torch.testing.assert_close(got.float(), call(outside, example(norm)), rtol=0.02, atol=0.02)
 
 
 @each
@@ -65,38 +102,60 @@ def test_low_precision_input_meets_float32_weights_and_autocast(method):
 def test_finite_forward_and_backward_from_zero_to_huge(method, scale):
     norm = built(method)
     x = example(norm, scale).requires_grad_()
-    y = norm(x)
+    y = call(norm, x)
     y.square().sum().backward()
-    assert all(t.isfinite().all() for t in (y, x.grad, *(p.grad for p in norm.parameters())))
+    assert all(t.isfinite().all() for t in (y, x.grad, *(p.grad for p in norm.parameters() if p.requires_grad)))
+
+
+@each
+@pytest.mark.parametrize("training", [True, False])
+def test_constant_huge_half_empty_and_lonely_inputs(method, training):
+    """Constant: x̂ is finite. Half at ±1e4, whose square half cannot hold: finite. No example, and in eval one, too."""
+    norm = built(method).train(training)
+    x = example(norm)
+    assert call(norm, torch.full_like(x, 7.0)).isfinite().all()
+    assert call(copy.deepcopy(norm), (1e4 * x.sign()).half()).isfinite().all()
+    if not training:
+        assert call(norm, x[:0]).shape == x[:0].shape
+        assert call(norm, x[:1]).isfinite().all()
 
 
 @each
 def test_state_copies_and_pickles_rebuild_the_same_norm(method):
     norm = built(method)
-    norm(example(norm))
-    fresh = make(method)
+    call(norm, example(norm))
+    fresh = layer(make(method))
     fresh.load_state_dict(norm.state_dict())
-    want = norm.eval()(example(norm))
-    for twin in (fresh, copy.deepcopy(norm), pickle.loads(pickle.dumps(norm))):
-        assert torch.equal(twin.eval()(example(norm)), want)
+    twins = (fresh, copy.deepcopy(norm), pickle.loads(pickle.dumps(norm)))
+    want = call(norm.eval(), example(norm))
+    for twin in twins:
+        assert torch.equal(call(twin.eval(), example(norm)), want)
         assert repr(twin) == repr(norm)
 
 
 @each
 def test_every_parameter_has_the_role_of_a_norm(method):
-    assert set(roles(nn.Sequential(make(method))).values()) == {"norm"}
+    """Its own, that is; a convolution inside keeps its role."""
+    norm = layer(make(method))
+    found = roles(nn.Sequential(norm))
+    assert {found[f"0.{name}"] for name, _ in norm.named_parameters(recurse=False)} <= {"norm"}
+    assert "unknown" not in found.values()
 
 
 @each
 def test_compiles_whole_to_the_same_values_and_gradients(method):
     norm = built(method)
-    seen = []
-    for route in (norm, torch.compile(copy.deepcopy(norm), fullgraph=True, backend="aot_eager", dynamic=False)):
-        x = example(norm).requires_grad_()
-        y = route(x)
-        seen.append((y, *torch.autograd.grad(y.square().sum(), [x, *route.parameters()])))
-    for one, two in zip(*seen, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
+    with kept(norm, "_no_compile"):
+        seen = []
+        rest = conditions(norm, example(norm))
+        compiled = torch.compile(copy.deepcopy(norm), fullgraph=True, backend="aot_eager", dynamic=False)
+        for route in (norm, compiled):
+            x = example(norm).requires_grad_()
+            y = route(x, *rest)
+            leaves = [x, *(p for p in route.parameters() if p.requires_grad)]
+            seen.append((y, *torch.autograd.grad(y.square().sum(), leaves)))
+        for one, two in zip(*seen, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-3)
 
 
 @each
@@ -104,31 +163,57 @@ def test_a_population_under_vmap_is_each_member_alone(method):
     norm = built(method).double().eval()
     x = example(norm).double()
     params = {k: v.detach() for k, v in norm.named_parameters()}
-    stacked = {k: torch.stack([v, 2 * v, -v]) for k, v in params.items()}
+    x_and_params = {"x": x, **params}
+    stacked = {k: torch.stack([v, 2 * v, -v]) for k, v in x_and_params.items()}
+
+    called = Call(norm, x)
 
     def loss(p):
-        return functional_call(norm, p, (x,)).square().sum()
+        theta = {f"norm.{k}": v for k, v in p.items() if k != "x"}
+        return functional_call(called, theta, (p["x"],)).square().sum()
 
-    both = {"vmap(grad)": vmap(grad(loss))(stacked), "grad(vmap)": grad(lambda p: vmap(loss)(p).sum())(stacked)}
-    for got in both.values():
-        for i in range(3):
-            alone = grad(loss)({k: v[i] for k, v in stacked.items()})
-            for k in params:
-                torch.testing.assert_close(got[k][i], alone[k])
-    last = list(params)[-1]  # only one of the parameters differs
-    vmap(grad(lambda v: functional_call(norm, params | {last: v}, (x,)).sum()))(stacked[last])
+    with kept(norm, "_no_vmap"):
+        both = {"vmap(grad)": vmap(grad(loss))(stacked), "grad(vmap)": grad(lambda p: vmap(loss)(p).sum())(stacked)}
+        for got in both.values():
+            for i in range(3):
+                alone = grad(loss)({k: v[i] for k, v in stacked.items()})
+                for k in x_and_params:
+                    torch.testing.assert_close(got[k][i], alone[k])
+        last = list(x_and_params)[-1]  # only one of them differs
+        vmap(grad(lambda v: loss(x_and_params | {last: v})))(stacked[last])
 
 
 @each
 def test_by_hand_backward_agrees_with_the_one_that_can_be_differentiated(method):
     norm = built(method).double().eval()
     x = example(norm).double().requires_grad_()
-    leaves = [x, *norm.parameters()]
     pulled = example(norm).double().sin()
-    fast = torch.autograd.grad(norm(x), leaves, pulled)
-    slow = torch.autograd.grad(norm(x), leaves, pulled, create_graph=True)
-    for one, two in zip(fast, slow, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10)
+
+    def grads(create_graph):
+        twin = copy.deepcopy(norm)
+        leaves = [x, *(p for p in twin.parameters() if p.requires_grad)]
+        some = {"allow_unused": True, "materialize_grads": True}  # a parameter may act in training only
+        return torch.autograd.grad(call(twin, x), leaves, pulled, create_graph=create_graph, **some)
+
+    with kept(norm, "_no_second_derivative"):
+        for one, two in zip(grads(False), grads(True), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10)
+
+
+@each
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_are_those_of_finite_differences(method, training):
+    norm = built(method).double().train(training)
+    x = example(norm, batch=2).double().requires_grad_()
+    named = {f"norm.{k}": v.detach().requires_grad_() for k, v in norm.named_parameters() if v.requires_grad}
+
+    def y(x, *theta):  # on a copy: what the norm remembers starts anew at each evaluation
+        return functional_call(
+            Call(copy.deepcopy(norm), example(norm, batch=2).double()), dict(zip(named, theta, strict=True)), (x,)
+        )
+
+    with kept(norm, "_no_gradcheck"):
+        assert torch.autograd.gradcheck(y, (x, *named.values()), fast_mode=True)
 
 
 def pattern_norms():
@@ -188,10 +273,117 @@ def test_a_wrong_input_or_pattern_is_one_clear_line():
         'Norm("b c -> b c") leaves no axis to average over': lambda: norms.Norm("b c -> b c", 6)(x[:, :, 0, 0]),
         'Norm("b d -> b"): modulation must be "scale and shift"': lambda: norms.Norm("b d -> b", 6, modulation="all"),
     }
-    for line, call in wrong.items():
+    for line, build in wrong.items():
         with pytest.raises((ValueError, TypeError)) as raised:
-            call()
+            build()
         assert str(raised.value).startswith(line)
+
+
+def batch_normed():
+    """A convolutional model with two batch norms, one of torch and one of etude, that have learned something."""
+    torch.manual_seed(6)
+    blocks = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 6, 1), norms.batch_norm(6), nn.Flatten()]
+    model = nn.Sequential(*blocks, nn.Linear(54, 2))
+    for _ in range(3):
+        model(torch.randn(8, 3, 5, 5))
+    return model.eval()
+
+
+SOURCES = [m for m in NORMS if isinstance(make(m), norms.Source)]
+
+
+@pytest.mark.parametrize("method", SOURCES, ids=lambda m: m.name)
+def test_restore_gives_the_model_back_that_was_calibrated(method):
+    model, x = batch_normed(), torch.randn(4, 3, 5, 5)
+    want, layers, state = model(x), [*model], {k: v.clone() for k, v in model.state_dict().items()}
+    assert norms.calibrate(model, make(method)) == ["1", "4"]
+    assert all(type(m).__name__ == "Calibrated" and not m.training for m in (model[1], model[4]))
+    model(x + 1)
+    assert norms.restore(model) == ["1", "4"]
+    assert [*model] == layers
+    assert torch.equal(model(x), want)
+    norms.calibrate(model, make(method))
+    norms.restore(model.train())
+    assert model[1].training
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", SOURCES, ids=lambda m: m.name)
+def test_a_calibrated_model_saves_loads_copies_and_keeps_its_roles(method):
+    model, x = batch_normed(), torch.randn(4, 3, 5, 5)
+    norms.calibrate(model, make(method))
+    twin = batch_normed()
+    norms.calibrate(twin, make(method))
+    twin.load_state_dict(model.state_dict())
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    want = model(x)
+    assert torch.equal(twin(x), want)
+    assert torch.equal(copied(x), want)
+    assert {role for name, role in roles(model).items() if name[0] in "14"} == {"norm"}
+
+
+def test_calibrate_by_name_shares_what_is_shared_and_a_no_op_is_an_error():
+    model = batch_normed()
+    assert norms.calibrate(model, norms.alpha_bn(), where="4") == ["4"]
+    assert norms.restore(model) == ["4"]
+    bn = nn.BatchNorm2d(6)
+    shared = nn.Sequential(bn, nn.ReLU(), bn)
+    assert norms.calibrate(shared, norms.alpha_bn()) == ["0", "2"]
+    assert shared[0] is shared[2]
+
+    class BatchNormAct(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    done = batch_normed()
+    norms.calibrate(done, norms.tent())
+    plain = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    a = norms.alpha_bn()
+    wrong = {
+        "calibrate looked for batch norms and found none; the model holds LayerNorm, Linear": lambda: (plain, a),
+        'calibrate looked for batch norms named "head" and found none': lambda: (batch_normed(), a, "head"),
+        "1, 4 already calibrated: restore(model) first": lambda: (done, a),
+        "0 is a BatchNormAct, a batch norm with a forward of its own": lambda: (nn.Sequential(BatchNormAct(2)), a),
+        "0 keeps no running statistics": lambda: (nn.Sequential(nn.BatchNorm1d(2, track_running_stats=False)), a),
+        "calibrate looks inside a model, but the model is itself a BatchNorm1d": lambda: (nn.BatchNorm1d(2), a),
+        "calibrate takes a source of statistics": lambda: (batch_normed(), norms.alpha_bn),
+        "tent trains the weights and biases of batch norms, but": lambda: (
+            nn.Sequential(nn.BatchNorm1d(2, affine=False)), norms.tent(),
+        ),
+    }  # fmt: skip
+    for line, args in wrong.items():
+        with pytest.raises((ValueError, TypeError)) as raised:
+            norms.calibrate(*args())
+        assert str(raised.value).startswith(line)
+    with pytest.raises(ValueError, match="restore found no calibrated batch norm in Sequential"):
+        norms.restore(batch_normed())
+
+
+def test_calibrate_minds_the_optimizers_that_live():
+    model = batch_normed()
+    before = repr(model)
+    opt = rules.optimizer(model, rules.adamw())
+    with pytest.raises(ValueError, match=r"norms\.calibrate takes a parameter out of the model, or freezes it"):
+        norms.calibrate(model, norms.tent())
+    with pytest.raises(ValueError, match="adab2n adds parameters: calibrate before you make the optimizer"):
+        norms.calibrate(model, norms.adab2n(2))
+    assert repr(model) == before
+    norms.calibrate(model, norms.alpha_bn())  # neither
+    norms.restore(model)
+    del opt
+    norms.calibrate(model, norms.adab2n(2))
+    opt = rules.optimizer(model, rules.adamw())
+    norms.restore(model)
+    with pytest.raises(RuntimeError, match=r"norms\.restore took a parameter out"):
+        opt.step()
+
+
+def test_a_calibrated_layer_names_a_wrong_shape():
+    model = batch_normed()
+    norms.calibrate(model, norms.tent())
+    with pytest.raises(ValueError, match="has 6 features on axis 1 but x has shape"):
+        model[1](torch.randn(2, 5, 3))
 
 
 def net():
@@ -207,11 +399,11 @@ def test_swap_replaces_every_norm_and_carries_the_same_parameters():
     model = net()
     old = {n: m for n, m in model.named_modules() if isinstance(m, (nn.LayerNorm, nn.RMSNorm))}
     assert norms.swap(model, norms.dyt) == ["0", "1.1", "1.3"]
-    for name, layer in old.items():
+    for name, was in old.items():
         new = model.get_submodule(name)
         assert isinstance(new, norms.DyT)
-        assert new.weight is layer.weight
-        assert getattr(layer, "bias", None) is None or new.bias is layer.bias
+        assert new.weight is was.weight
+        assert getattr(was, "bias", None) is None or new.bias is was.bias
     assert model(torch.randn(2, 6)).isfinite().all()
 
 
@@ -308,7 +500,9 @@ def test_swap_takes_a_factory():
 
 @pytest.mark.parametrize("where, factory", [("0", norms.dyt), ("0", norms.rms_norm), ("1.3", norms.layer_norm)])
 def test_swap_after_an_optimizer_of_ours_may_neither_drop_nor_add_a_parameter(where, factory):
-    model = net()
+    model, other = net(), net()
+    nn.init.zeros_(model[0].bias)
+    nn.init.zeros_(other[0].bias)
     opt = rules.optimizer(model, rules.adamw())
     before = repr(model)
     with pytest.raises(ValueError, match="an optimizer already trains norms that swap would replace"):
@@ -316,7 +510,7 @@ def test_swap_after_an_optimizer_of_ours_may_neither_drop_nor_add_a_parameter(wh
     assert repr(model) == before
     norms.swap(model, partial(norms.layer_norm, eps=1e-3), "0")  # the same parameters in another layer
     assert {id(p) for p in model.parameters()} == {id(p) for g in opt.param_groups for p in g["params"]}
-    norms.swap(net(), factory, where)  # another model
+    norms.swap(other, factory, where)
 
 
 # -- the norms of other libraries, by what they compute ---------------------------------------------------------------

@@ -142,3 +142,37 @@ def test_group_norm_of_one_group_ignores_an_affine_change_of_a_whole_image():
 def test_group_norm_refuses_channels_that_do_not_divide():
     with pytest.raises(ValueError, match="12 features do not divide into 32 groups"):
         norms.group_norm(12)
+
+
+def test_partial_rms_norm_looks_at_the_first_share_of_the_features():
+    norm = norms.partial_rms_norm(8, p=0.3, eps=0.0).double()  # ⌈2.4⌉ = 3 features
+    x = torch.randn(4, 8, dtype=torch.float64)
+    for got, row in zip(norm(x).tolist(), x.tolist(), strict=True):
+        root = (sum(v * v for v in row[:3]) / 3) ** 0.5
+        assert got == pytest.approx([v / root for v in row], rel=1e-12)
+    assert torch.equal(norm(x[:, :3].repeat(1, 3)[:, :8])[:, 3:6], norm(x[:, :3].repeat(1, 3)[:, :8])[:, :3])
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\], got 0"):
+        norms.partial_rms_norm(8, p=0)
+
+
+def test_scale_norm_gives_every_token_the_length_g_which_starts_at_root_d():
+    norm = norms.scale_norm(16).double()
+    x = torch.randn(5, 16, dtype=torch.float64)
+    assert [p.numel() for p in norm.parameters()] == [1]
+    torch.testing.assert_close(norm(x).norm(dim=-1), torch.full((5,), 4.0, dtype=torch.float64))
+    torch.testing.assert_close(norm(1e3 * x), norm(x))
+    torch.testing.assert_close(norm(x), torch.nn.RMSNorm(16, eps=0.0, elementwise_affine=False)(x))
+
+
+def test_scale_norm_clamps_the_length_at_eps_and_adds_nothing():
+    norm = norms.scale_norm(4, eps=0.5).double()
+    x = torch.tensor([[0.1, 0, 0, 0], [0.6, 0, 0, 0]], dtype=torch.float64)
+    torch.testing.assert_close(norm(x)[:, 0], torch.tensor([2 * 0.1 / 0.5, 2.0], dtype=torch.float64))
+
+
+def test_crms_norm_is_rms_norm_of_the_token_that_its_last_entry_completes_to_mean_zero():
+    short = torch.randn(3, 7, dtype=torch.float64)
+    whole = torch.cat([short, -short.sum(-1, keepdim=True)], -1)
+    want = torch.nn.functional.layer_norm(whole, (8,), eps=1e-5)
+    torch.testing.assert_close(norms.crms_norm(7).double()(short), want[:, :7], rtol=1e-12, atol=1e-14)
+    assert not list(norms.crms_norm(7).parameters())

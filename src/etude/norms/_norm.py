@@ -72,7 +72,7 @@ class Norm(nn.Module):
         if self._route == "batch":
             fresh = self.training or self.momentum is None
             return F.batch_norm(x, self.running_mean, self.running_var, w, b, fresh, self.momentum or 0.0, self.eps)
-        if self._route == "instance":
+        if self._route == "instance" and x.numel():  # torch's kernel does not take an empty batch
             return F.instance_norm(x, weight=w, bias=b, eps=self.eps)
         if self._route == "group":
             return F.group_norm(x, self.sizes[self._axes[1][0]], w, b, self.eps)
@@ -91,7 +91,7 @@ class Norm(nn.Module):
             mean = split.mean(over, keepdim=True) if self.center else None
             centred = split if mean is None else split - mean
             var = centred.square().mean(over, keepdim=True)
-            self._remember(mean, var, split.numel() // var.numel())
+            self._remember(mean, var, split.numel() // max(1, var.numel()))
         else:
             kept = [n if name in self._kept else 1 for name, n in zip(names, shape, strict=True)]
             centred = split if self.running_mean is None else split - self.running_mean.view(kept)
