@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -17,6 +18,7 @@ FLOOR = 6
 MOST = 1000
 """Seeds of one stage; the stages' ranges of seeds do not meet."""
 ENGINES = ("auto", "loop", "population")
+LOGS = ("wandb", "tensorboard", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Asked:
 
     ``task``: a built-in name, ``path/to/my_task.py:factory`` or a command. ``seeds``: final seeds. ``steps``: of one
     run; the task's own if None. ``workers``: processes. ``seed``: another seed, another race. ``engine``: how the
-    cells of a contender are trained. ``on``: where they are, ``"here"`` or a cluster's name or address.
+    cells of a contender are trained. ``on``: where they are, ``"here"`` or a cluster's name or address. ``log``: where
+    else every finished run is written, see `loggers`.
     """
 
     task: str
@@ -38,6 +41,7 @@ class Asked:
     seed: int = 0
     engine: str = "auto"
     on: str = "here"
+    log: str | None = None
 
     @classmethod
     def of(cls, held: Mapping[str, Any]) -> Asked:
@@ -68,7 +72,19 @@ class Asked:
             raise InputError(f"seed={self.seed}: a seed is 0 or more")
         if self.engine not in ENGINES:
             raise InputError(f"engine={self.engine!r}: it is one of {', '.join(ENGINES)}")
+        if self.log is not None:
+            log_of(self.log)
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"device {self.device!r} is not to be had here: {one_line(error)}") from error
+
+
+def log_of(spec: str) -> tuple[str, str]:
+    """The kind and the place of ``wandb``, ``tensorboard[:DIR]`` or ``mlflow[:URI]``."""
+    kind, _, where = str(spec).partition(":")
+    if kind not in LOGS or (kind == "wandb" and where):
+        raise InputError(f"log={spec!r}: it is wandb, tensorboard:DIR or mlflow[:URI]")
+    if importlib.util.find_spec(kind) is None:
+        raise InputError(f'log={spec!r} needs {kind}; install it with: pip install "etude[loggers]"')
+    return kind, where

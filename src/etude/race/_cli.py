@@ -46,6 +46,7 @@ def race_command(
     maximize: Annotated[bool, typer.Option("--maximize", help="Of a command: more is better.")] = False,
     lr: Annotated[float | None, typer.Option(help="Of a command: where the grid of rates is centred.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Of a command: seconds after which a run is given up.")] = None,
+    log: Annotated[str | None, typer.Option(help="Log every run too: wandb, tensorboard:DIR or mlflow[:URI].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Race contenders on a task: which of them helps, at an equal tuning budget, on fresh paired seeds.
@@ -55,7 +56,7 @@ def race_command(
     """
     options: dict[str, Any] = {
         "baseline": baseline, "seeds": FLOOR if quick else seeds, "steps": steps, "workers": workers,
-        "device": device, "seed": seed, "engine": engine, "on": on,
+        "device": device, "seed": seed, "engine": engine, "on": on, "log": log,
     }  # fmt: skip
     of_command = _given({
         "metric": metric, "metric_file": metric_file, "maximize": maximize or None, "lr": lr, "timeout": timeout,

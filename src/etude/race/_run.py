@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -16,13 +15,15 @@ from rich.console import Console
 
 from etude.race._asked import SEEDS, Asked
 from etude.race._course import Course
-from etude.race._errors import InputError, RaceError
+from etude.race._errors import InputError
 from etude.race._model import Outcome, Plan, Result, canonical
 from etude.race._probe import first_runs, probe_all
+from etude.race.bundle import keep, written
 from etude.race.executors import open_executor
+from etude.race.loggers import Log
 from etude.race.plan import entries, folder_name, make_lock, make_plan, seeds_of
 from etude.race.progress import Voice, clock
-from etude.race.report import table, to_json, write_html
+from etude.race.report import table
 from etude.race.store import FILE, Ledger, read_fact
 from etude.race.subject import find
 from etude.race.task import Factory
@@ -102,6 +103,9 @@ def run(asked: Asked, *, folder: str | Path = "runs", quiet: bool = False) -> Re
         ledger = ledger or stack.enter_context(Ledger(folder, lock))
         for outcome in first:
             ledger.put(outcome)
+        log = Log(asked.log, folder, voice.line) if asked.log else None
+        if log:
+            ledger.tell(log.cell)
         ledger.set_fact("probes", probes)
         ledger.set_fact("asked", asked.plain())
         seconds = {name: probes[name]["seconds"] for name in lines}
@@ -114,19 +118,11 @@ def run(asked: Asked, *, folder: str | Path = "runs", quiet: bool = False) -> Re
             voice.line("stopped", f"{len(ledger)} finished runs are kept in {folder}; the same command resumes")
             raise
         looks, mark = _look(ledger, lines, asked.seeds)
+        keep(ledger, mark, plan, looks)
     standings, aa = judge(plan, outcomes)
-    result = Result(plan, standings, aa, outcomes, lock, folder, looks, folder / f"report{mark}.html")
-    return _written(result, folder, mark)
-
-
-def _written(result: Result, folder: Path, mark: str) -> Result:
-    """The result with its report and its JSON on the disk."""
-    try:
-        held = json.dumps(to_json(result), indent=1) + "\n"
-        (folder / f"result{mark}.json").write_text(held, encoding="utf-8")
-        write_html(result, folder / f"report{mark}.html")
-    except OSError as error:
-        raise RaceError(f"cannot write the report in {folder}: {error.strerror}; the ledger holds every run") from error
+    result = written(Result(plan, standings, aa, outcomes, lock, folder, looks, folder / f"report{mark}.html"))
+    if log:
+        log.verdict(result)
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +31,7 @@ class Ledger:
     def __init__(self, folder: Path, lock: Mapping[str, Any]) -> None:
         self.folder, self.lock = folder, dict(lock)
         self._outcomes: dict[str, Outcome] = {}
+        self._hear: Callable[[str, Outcome], None] = _unheard
         with self._said():
             folder.mkdir(parents=True, exist_ok=True)
             self._db = _connect(folder / FILE)
@@ -67,6 +68,13 @@ class Ledger:
         with self._said():
             self._db.execute("INSERT INTO cells VALUES (?, ?, ?)", (key, text, _checksum(key, text)))
         self._outcomes[key] = outcome
+        self._hear(key, outcome)
+
+    def tell(self, hear: Callable[[str, Outcome], None]) -> None:
+        """Let ``hear`` know every outcome by its key: those held, and each that is put from now on."""
+        for key, outcome in self._outcomes.items():
+            hear(key, outcome)
+        self._hear = hear
 
     def fact(self, name: str) -> Any:
         """A named value beside the cells, or None."""
@@ -105,6 +113,9 @@ class Ledger:
 
     def _kept(self) -> str:
         return f"the {len(self._outcomes)} finished runs are kept, run the same command to resume"
+
+
+def _unheard(key: str, outcome: Outcome) -> None: ...
 
 
 def read_fact(folder: Path, name: str) -> Any:
