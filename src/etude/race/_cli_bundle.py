@@ -146,9 +146,10 @@ def _compare(found: Compared, as_json: bool) -> int:
         console.print("raced alike: the locks and the plans are the same")
     for name, a, b in found.differences:
         console.print(Text(f"{name}: A {_cut(a)}, B {_cut(b)}", style="yellow"), soft_wrap=True)
+    fold = "\n" if console.width < 110 else " "
     grid = _grid("contender", "A", "", "B", "", "")
     for pair in found.pairs:
-        sides = [cell for s, r in ((pair.a, found.a), (pair.b, found.b)) for cell in _side(s, r)]
+        sides = [cell for s, r in ((pair.a, found.a), (pair.b, found.b)) for cell in _side(s, r, fold)]
         style = "bold red" if pair.word.startswith("contra") else "dim"
         grid.add_row(Text(pair.contender), *sides, Text(pair.word, style=style))
     console.print(grid)
@@ -159,13 +160,15 @@ def _cut(text: str) -> str:
     return f"{text[:12]}…" if len(text) > 40 and " " not in text else text
 
 
-def _side(standing: Standing | None, result: Result) -> tuple[Text, Text]:
+def _side(standing: Standing | None, result: Result, fold: str) -> tuple[Text, Text]:
+    """Number and word; ``fold`` stands between a number and its interval."""
     if standing is None:
         return Text("–"), Text("not raced", style="dim")
     base = result.standings[0]
     own = _text.with_interval(standing.mean, standing.interval)
     shown = own if standing is base else _text.difference(standing, base)
-    return Text(shown), Text(standing.word, style=STYLES.get(standing.word, ""))
+    word = Text(standing.word.replace(" ", fold), style=STYLES.get(standing.word, ""))
+    return Text(shown.replace(" [", f"{fold}[")), word
 
 
 def export_command(
@@ -183,7 +186,8 @@ def _export(run: Path, to: Path, stage: str | None) -> int:
 
 
 def _grid(*heads: str) -> Table:
+    """Numbers keep their lines; the words beside them, under no heading, may fold."""
     grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
     for head in heads:
-        grid.add_column(head, overflow="fold")
+        grid.add_column(head, overflow="fold", no_wrap=head not in ("contender", ""))
     return grid

@@ -83,7 +83,7 @@ def written(result: Result) -> Result:
     """The result with its report and its JSON on the disk."""
     assert result.report is not None
     try:
-        held = json.dumps(to_json(result), indent=1) + "\n"
+        held = json.dumps(to_json(result), indent=1, sort_keys=True) + "\n"
         result_file(result).write_text(held, encoding="utf-8")
         write_html(result, result.report)
     except OSError as error:

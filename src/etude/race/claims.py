@@ -201,7 +201,7 @@ def markdown() -> str:
         "# What papers claim, tried at the size of a laptop",
         "",
         f"{len(CLAIMS)} claims, {run} of them raced so far. Each is tried by one command, at an equal tuning budget "
-        "and on fresh paired seeds; `etude claims NAME` shows it and `etude claims NAME --run` races it. A claim that does "
+        "and on fresh paired seeds; `etude claims NAME` shows it, with `--run` it races it. A claim that does "
         "not hold here may hold at the size of its paper: the third column tells both.",
         "",
         "This page is written by `etude claims --markdown` from `etude/race/claims.py` and the verdicts beside it.",

@@ -80,7 +80,7 @@ def verify(run: str | Path, *, cells: int = 3, seed: int | None = None, task: st
     steps = int(result.lock["steps"])
     lock = make_lock(subject, opened, steps=steps, seed=asked.seed, device=asked.device)
     changed = difference(result.lock, json.loads(json.dumps(lock)))
-    drawn = random.Random(seed).sample(result.outcomes, cells)
+    drawn = draw(result, cells, seed)
     executor, _ = open_executor(
         "here", task or asked.task, steps=steps, device=asked.device,
         workers=min(cells, cores()) if asked.device == "cpu" else None,
@@ -98,6 +98,11 @@ def verify(run: str | Path, *, cells: int = 3, seed: int | None = None, task: st
         for o in drawn
     )
     return Verified(result, changed, _follows(result), again)
+
+
+def draw(result: Result, cells: int, seed: int | None) -> list[Outcome]:
+    """So many finished runs at random, whatever their stage and their outcome."""
+    return random.Random(seed).sample(result.outcomes, cells)
 
 
 def _noise(result: Result, outcome: Outcome) -> float | None:
