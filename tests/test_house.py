@@ -29,6 +29,8 @@ EDGES = {
     ("_commands.py", "etude.race._cli_branch"),
     ("_commands.py", "etude.race._cli_verdict"),
 }
+EXTRAS |= {"mlflow", "tensorboard", "wandb"}
+EDGES |= {("_commands.py", f"etude.race._cli_{name}") for name in ("bundle", "claims")}
 
 
 def place(module):

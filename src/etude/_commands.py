@@ -126,6 +126,46 @@ def verdict(ctx: typer.Context) -> None:
     raise typer.Exit(_alone(verdict_command, "verdict", ctx.args))
 
 
+@app.command("report", add_help_option=False, context_settings=_PASS_ON)
+def report(ctx: typer.Context) -> None:
+    """Judge a finished race again and write its report again, also as LaTeX."""
+    from etude.race._cli_bundle import report_command
+
+    raise typer.Exit(_alone(report_command, "report", ctx.args))
+
+
+@app.command("verify", add_help_option=False, context_settings=_PASS_ON)
+def verify(ctx: typer.Context) -> None:
+    """Run some cells of a finished race again and compare."""
+    from etude.race._cli_bundle import verify_command
+
+    raise typer.Exit(_alone(verify_command, "verify", ctx.args))
+
+
+@app.command("compare", add_help_option=False, context_settings=_PASS_ON)
+def compare(ctx: typer.Context) -> None:
+    """Two finished races side by side."""
+    from etude.race._cli_bundle import compare_command
+
+    raise typer.Exit(_alone(compare_command, "compare", ctx.args))
+
+
+@app.command("export", add_help_option=False, context_settings=_PASS_ON)
+def export(ctx: typer.Context) -> None:
+    """The runs of a finished race as CSV or Parquet."""
+    from etude.race._cli_bundle import export_command
+
+    raise typer.Exit(_alone(export_command, "export", ctx.args))
+
+
+@app.command("claims", add_help_option=False, context_settings=_PASS_ON)
+def claims(ctx: typer.Context) -> None:
+    """What papers claim, as races that anyone can run again."""
+    from etude.race._cli_claims import claims_command
+
+    raise typer.Exit(_alone(claims_command, "claims", ctx.args))
+
+
 def _alone(command: Callable[..., int], name: str, args: list[str], obj: Any = None) -> int:
     """Run a command of the race, which is imported only when it is called."""
     alone = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ MOST = 1000
 LOOKS = (6, 10, 16, 30)
 """At how many final seeds a race that is looked at more than once is judged (R8)."""
 ENGINES = ("auto", "loop", "population")
+LOGS = ("wandb", "tensorboard", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Asked:
 
     ``task``: a built-in name, ``path/to/my_task.py:factory`` or a command. ``seeds``: final seeds. ``steps``: of one
     run; the task's own if None. ``workers``: processes. ``seed``: another seed, another race. ``engine``: how the
-    cells of a contender are trained. ``on``: where they are, ``"here"`` or a cluster's name or address.
+    cells of a contender are trained. ``on``: where they are, ``"here"`` or a cluster's name or address. ``log``: where
+    else every finished run is written, see `loggers`.
     ``tune``: what is tuned of each contender. lr alone by default, although weight decay often matters as much (R3): a
     second value costs 9 more runs of each contender. ``search``, ``trials``: how, and tuning runs of each contender.
     ``looks``: judge at 6, 10, 16 and 30 seeds and end where every contender is decided. ``budget``, ``gpu_hours``:
@@ -57,6 +60,7 @@ class Asked:
     shorten: bool = False
     barnacles: bool = False
     skip: int = 0
+    log: str | None = None
 
     @property
     def searched(self) -> tuple[str, int]:
@@ -105,6 +109,8 @@ class Asked:
             raise InputError("shorten fits the steps to a budget; give a budget")
         if self.engine not in ENGINES:
             raise InputError(f"engine={self.engine!r}: it is one of {', '.join(ENGINES)}")
+        if self.log is not None:
+            log_of(self.log)
         try:
             torch.empty(1, device=self.device)
         except (RuntimeError, AssertionError) as error:
@@ -118,3 +124,13 @@ def seconds_of(budget: str | None) -> float:
     if not seconds:
         raise InputError(f"budget={budget!r}: write it like 20m, 90s or 1h30m")
     return float(seconds)
+
+
+def log_of(spec: str) -> tuple[str, str]:
+    """The kind and the place of ``wandb``, ``tensorboard[:DIR]`` or ``mlflow[:URI]``."""
+    kind, _, where = str(spec).partition(":")
+    if kind not in LOGS or (kind == "wandb" and where):
+        raise InputError(f"log={spec!r}: it is wandb, tensorboard:DIR or mlflow[:URI]")
+    if importlib.util.find_spec(kind) is None:
+        raise InputError(f'log={spec!r} needs {kind}; install it with: pip install "etude[loggers]"')
+    return kind, where

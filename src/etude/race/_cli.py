@@ -72,6 +72,7 @@ def race_command(
     checkpoint: Annotated[
         str | None, typer.Option(help="Weights from which every run starts, or a branch point of etude branch.")
     ] = None,
+    log: Annotated[str | None, typer.Option(help="Log every run too: wandb, tensorboard:DIR or mlflow[:URI].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> int:
     """Race contenders on a task: which of them helps, at an equal tuning budget, on fresh paired seeds.
@@ -85,6 +86,7 @@ def race_command(
         "tune": tuple(part.strip() for part in tune.split(",")) if tune else None, "search": search, "trials": trials,
         "looks": looks, "budget": budget, "gpu_hours": gpu_hours, "shorten": shorten, "barnacles": barnacles,
         "data": data, "target": target, "checkpoint": checkpoint,
+        "log": log,
     }  # fmt: skip
     of_command = _given({
         "metric": metric, "metric_file": metric_file, "maximize": maximize or None, "lr": lr, "timeout": timeout,

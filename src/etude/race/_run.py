@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
@@ -18,14 +17,16 @@ from etude.race._asked import LOOKS, SEEDS, Asked
 from etude.race._barnacles import apart, pieces, winner
 from etude.race._budget import SPARE, Choice, fit, work
 from etude.race._course import Course
-from etude.race._errors import InputError, RaceError
+from etude.race._errors import InputError
 from etude.race._model import Opened, Outcome, Plan, Result, canonical
 from etude.race._probe import choose_engines, first_runs, probe_all
+from etude.race.bundle import keep, written
 from etude.race.executors import open_executor
+from etude.race.loggers import Log
 from etude.race.looks import ended, split
 from etude.race.plan import cost, entries, folder_name, make_lock, make_plan, seeds_of, tuned_ranges
 from etude.race.progress import Voice, clock
-from etude.race.report import table, to_json, write_html
+from etude.race.report import table
 from etude.race.store import FILE, Ledger, read_fact
 from etude.race.subject import Subject, TaskSubject, find
 from etude.race.task import Factory
@@ -90,7 +91,7 @@ def run(asked: Asked, *, folder: str | Path = "runs", quiet: bool = False) -> Re
     if not taken.contenders[1:]:
         return result
     other = _run(taken, result.folder, quiet=quiet, inner=True)
-    return _written(replace(result, pieces=pieces(stack, result.plan.baseline, other)), result.folder)
+    return written(replace(result, pieces=pieces(stack, result.plan.baseline, other)))
 
 
 def _run(asked: Asked, folder: Path, *, quiet: bool, inner: bool = False) -> Result:
@@ -133,6 +134,9 @@ def _run(asked: Asked, folder: Path, *, quiet: bool, inner: bool = False) -> Res
         ledger = ledger or stack.enter_context(Ledger(folder, lock))
         for outcome in first:
             ledger.put(outcome)
+        log = Log(asked.log, folder, voice.line) if asked.log else None
+        if log:
+            ledger.tell(log.cell)
         ledger.set_fact("probes", {**(ledger.fact("probes") or {}), **probes})
         if bought:
             ledger.set_fact("budgets", bought)
@@ -157,11 +161,15 @@ def _run(asked: Asked, folder: Path, *, quiet: bool, inner: bool = False) -> Res
         except KeyboardInterrupt:
             voice.line("stopped", f"{len(ledger)} finished runs are kept in {folder}; the same command resumes")
             raise
-        planned, plan = plan.looks, ended(plan, outcomes)
-        looks, mark = _look(ledger, lines, plan, planned)
+        planned = plan
+        plan = ended(planned, outcomes)
+        looks, mark = _look(ledger, lines, plan, planned.looks)
+        keep(ledger, mark, planned, looks)
     standings, aa = judge(plan, outcomes)
-    result = Result(plan, standings, aa, outcomes, lock, folder, looks, folder / f"report{mark}.html")
-    return _written(result, folder)
+    result = written(Result(plan, standings, aa, outcomes, lock, folder, looks, folder / f"report{mark}.html"))
+    if log:
+        log.verdict(result)
+    return result
 
 
 def _fitting_steps(
@@ -183,18 +191,6 @@ def _fitting_steps(
     costs, spent = {name: cost(probes[name]) for name in lines}, time.monotonic() - began
     choice = fit(asked, costs, steps=opened.steps, workers=workers, spent=2 * spent, spare=SPARE)
     return folder, replace(asked, steps=choice.steps)
-
-
-def _written(result: Result, folder: Path) -> Result:
-    """The result with its report and its JSON on the disk."""
-    assert result.report is not None
-    try:
-        held = json.dumps(to_json(result), indent=1) + "\n"
-        (folder / result.report.name.replace("report", "result")).with_suffix(".json").write_text(held, "utf-8")
-        write_html(result, result.report)
-    except OSError as error:
-        raise RaceError(f"cannot write the report in {folder}: {error.strerror}; the ledger holds every run") from error
-    return result
 
 
 def _look(

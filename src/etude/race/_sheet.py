@@ -78,10 +78,10 @@ class Sheet:
         for name in known:
             grid.add_column(name, justify="right", no_wrap=True)
         for each in lines:
-            metric, against = (cell.replace(" [", f"{fold}[") for cell in (each.metric, each.against))
+            cells = [Text(cell.replace(" [", f"{fold}[")) for cell in (each.metric, each.against)]
             word = Text(each.word.replace(" ", fold), style=STYLES.get(each.word, ""))
-            name = Text(_text.folded(each.contender, width))
-            grid.add_row(name, Text(shown), Text(against), word, *(getattr(each, n) for n in known))
+            who = Text(_text.folded(each.contender, width))
+            grid.add_row(who, *cells, word, *(getattr(each, n) for n in known))
         return grid
 
     def notes(self) -> list[Text]:

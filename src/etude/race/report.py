@@ -90,11 +90,17 @@ def _page(result: Result) -> dict[str, Any]:
         "total": _text.seconds(spent) if spent else "",
         "runs": len(result.outcomes),
         "failures": [(s.contender, s.failures) for s in standings if s.failures],
-        "lock": json.dumps(_plain(result.lock), indent=2, ensure_ascii=False),
-        "data": Markup(json.dumps(to_json(result), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")),
+        "lock": json.dumps(_plain(result.lock), indent=2, ensure_ascii=False, sort_keys=True),
+        "data": Markup(_embedded(result)),
         "watched": _text.watched(plan),
         "chosen": _text.chosen,
     }
+
+
+def _embedded(result: Result) -> str:
+    """The whole result, as it may stand in a script element; of one race always the same text."""
+    text = json.dumps(to_json(result), separators=(",", ":"), allow_nan=False, sort_keys=True)
+    return text.replace("<", "\\u003c")
 
 
 def _slug(word: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +31,7 @@ class Ledger:
     def __init__(self, folder: Path, lock: Mapping[str, Any]) -> None:
         self.folder, self.lock = folder, dict(lock)
         self._outcomes: dict[str, Outcome] = {}
+        self._hear: Callable[[str, Outcome], None] = _unheard
         with self._said():
             folder.mkdir(parents=True, exist_ok=True)
             self._db = _connect(folder / FILE)
@@ -79,6 +80,14 @@ class Ledger:
                     self._db.execute("ROLLBACK")
                 raise
         self._outcomes |= found
+        for key, outcome in found.items():
+            self._hear(key, outcome)
+
+    def tell(self, hear: Callable[[str, Outcome], None]) -> None:
+        """Let ``hear`` know every outcome by its key: those held, and each that is put from now on."""
+        for key, outcome in self._outcomes.items():
+            hear(key, outcome)
+        self._hear = hear
 
     def fact(self, name: str) -> Any:
         """A named value beside the cells, or None."""
@@ -117,6 +126,9 @@ class Ledger:
 
     def _kept(self) -> str:
         return f"the {len(self._outcomes)} finished runs are kept, run the same command to resume"
+
+
+def _unheard(key: str, outcome: Outcome) -> None: ...
 
 
 def read_fact(folder: Path, name: str) -> Any:
