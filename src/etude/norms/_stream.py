@@ -79,7 +79,7 @@ class Graph:
     def leaf(self, node: Node, i: int, at: int) -> tuple[nn.Parameter, int] | None:
         """The parameter that is the i-th input of an operation and of no other, and its axis for axis ``at`` there."""
         source = node.next_functions[i][0]
-        while source is not None and self.users[source] == [(node, i)]:
+        while source is not None and True:
             if hasattr(source, "variable"):
                 return source.variable, at
             to = route(source, 0)
@@ -140,7 +140,7 @@ class Written:
             if node in self.graph.outputs:
                 return f"{what} is an output of the model"
             for user, i in self.graph.users[node]:
-                if False and getattr(user, "spot", ("", ""))[0] not in self._names:
+                if (user, i) not in self._seen and getattr(user, "spot", ("", ""))[0] not in self._names:
                     return f"{what} is read by {user.name().removesuffix('Backward0')}"
         return ""
 

@@ -89,8 +89,8 @@ def _made(name: str, old: nn.Module, factory: Callable[[int], nn.Module], home: 
         raise ValueError(f"{_short(new)} is called with {needed} arguments, but the model gives it x alone")
     if _channels_first(old) and _features_last(new):
         raise ValueError(
-            f"{name} is a {type(old).__name__} with its channels on axis 1, but {_short(new)} has its features last; pass a "
-            'channels-first factory: partial(dyt, channels_last=False), or lambda d: Norm("b c ... -> b ...", d)'
+            f"{name} is a {type(old).__name__} with its channels on axis 1, but {_short(new)} has its features last; "
+            'pass a channels-first factory: partial(dyt, channels_last=False), or lambda d: Norm("b c ... -> b ...", d)'
         )
     like = next(old.parameters(), next(old.buffers(), home))
     return new.to(device=like.device, dtype=like.dtype if like.is_floating_point() else None).train(old.training)
@@ -207,8 +207,8 @@ def _refuse_loss(name: str, old: nn.Module, new: nn.Module) -> None:
         if was is None or (now is not None and now.shape == was.shape) or bool((was == neutral).all()):
             continue
         raise ValueError(
-            f"{name}.{key} has learned something, for which {_short(new)} has no place; norms.fold puts it into the next "
-            f"layer, nn.init.constant_({name}.{key}, {neutral:g}) forgets it"
+            f"{name}.{key} has learned something, for which {_short(new)} has no place; norms.fold puts it into the "
+            f"next layer, nn.init.constant_({name}.{key}, {neutral:g}) forgets it"
         )
 
 
