@@ -24,3 +24,28 @@ def timm(name: str) -> ModuleType:
             bare.__path__ = [folder]
             sys.modules[package] = bare
     return importlib.import_module(f"timm.{name}")
+
+
+def timm_model(name: str) -> ModuleType:
+    """``timm_model("vision_transformer")``: that file of timm.models, whose layers are imported as far as they go."""
+    layers, data = (timm(f"{package}.{first}") for package, first in (("layers", "helpers"), ("data", "constants")))
+    names = ("torchvision", "torchvision.ops", "torchvision.ops.misc")
+    stubs = {n: types.ModuleType(n) for n in names if n not in sys.modules}
+    for stub in stubs.values():
+        stub.FrozenBatchNorm2d = type("FrozenBatchNorm2d", (), {})  # type: ignore[attr-defined]
+    sys.modules.update(stubs)
+    try:
+        package = sys.modules["timm.layers"]
+        if not hasattr(package, "PatchEmbed"):
+            sys.modules["timm"].__version__ = "0"  # type: ignore[attr-defined]
+            sys.modules["timm.data"].__dict__.update(vars(data))
+            path = f"{layers.__file__}".replace("helpers.py", "__init__.py")
+            spec = importlib.util.spec_from_file_location("timm.layers", path)
+            assert spec is not None
+            assert spec.loader is not None
+            package.__spec__ = spec
+            spec.loader.exec_module(package)
+        return importlib.import_module(f"timm.models.{name}")
+    finally:
+        for n in stubs:
+            del sys.modules[n]

@@ -10,14 +10,16 @@ import torch
 from torch import nn
 
 from etude import after, gradients, init, norms, recipes, rules, weights
-from etude._method import Method, methods, stamp
+from etude._method import Method, stamp
 from etude.recipes import _part, parse
 
 FULL = (
     "muon(lr=0.02) + sam(rho=0.1) + dyt(alpha=0.7) + zero_init + weight_norm + lora(r=2)"
     " + normalize_and_project + weight_average(decay=0.9)"
 )
-PARTS = [m for m in methods().values() if m.room in _part.ROOMS]
+PARTS = _part.candidates()
+NEEDED = {"labels": 3}
+"""Of norms: what they cannot be made without."""
 
 
 class Block(nn.Module):
@@ -84,9 +86,12 @@ def test_defaults_are_left_out_and_the_text_reads_back():
 @pytest.mark.parametrize("m", PARTS, ids=lambda m: f"{m.room}.{m.name}")
 def test_every_method_of_these_rooms_makes_a_recipe_that_prints_and_saves_and_reads_back(m):
     twins = [x for x in PARTS if x.name == m.name]
-    for text in (m.name, f"{m.room}.{m.name}()")[len(twins) > 1 :]:
-        recipe = parse(text)
-        assert [(p.room, p.name, p.knobs) for p in recipe.parts] == [(m.room, m.name, ())]
+    needed = tuple((p.name, NEEDED[p.name]) for p in _part.knobs(m) if p.default is p.empty)
+    given = f"({', '.join(f'{k}={v}' for k, v in needed)})"
+    for name in (m.name, f"{m.room}.{m.name}")[len(twins) > 1 :]:
+        recipe = parse(name + given if needed else name)
+        assert recipe == parse(name + given)
+        assert [(p.room, p.name, p.knobs) for p in recipe.parts] == [(m.room, m.name, needed)]
         assert parse(str(recipe)) == recipe == recipes.Recipe.from_json(recipe.to_json())
         assert stamp(recipe.parts[0].make()).name == m.name
 
@@ -217,6 +222,9 @@ BAD = {
     "norm_loss": "norm_loss cannot stand in a recipe: a penalty belongs to the task's loss",
     "adamw + linear_decay(100)": "linear_decay cannot stand in a recipe: a schedule needs the length of the run",
     "probes.layer_rotation": "probes.layer_rotation cannot stand in a recipe: a probe changes nothing",
+    "precise_bn": "precise_bn cannot stand in a recipe: it makes no layer by itself",
+    "alpha_bn(0.5)": "alpha_bn cannot stand in a recipe: it makes no layer by itself",
+    "ngpt(words=3)": "ngpt cannot stand in a recipe: it is a model: build it in the task",
     "adamw + lion": "a recipe has one rule, got adamw and lion",
     "dyt + rms_norm": "a recipe has one norm, got dyt and rms_norm",
     "zero_init + orthogonal": "a recipe has one initialisation, got zero_init and orthogonal",

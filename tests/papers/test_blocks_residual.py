@@ -307,3 +307,28 @@ def test_normalized_residual_goes_from_x_to_f_as_alpha_goes_from_0_to_1():
         block = blocks.normalized_residual(8, f, alpha=alpha).double()
         torch.testing.assert_close(block(x), want(block.f(x)), atol=1e-6, rtol=0)
         torch.testing.assert_close(block.join.a(), torch.full((8,), alpha, dtype=D), rtol=1e-6, atol=0)
+
+
+def test_nf_residual_keeps_the_variance_that_the_paper_predicts_and_shows_f_a_unit_variance():
+    """Var(x_i) = 1 + i α²: x + α f(x / β_i), β_i² = 1 + i α², where f keeps variance 1 and forgets its input."""
+    torch.manual_seed(0)
+    alpha, seen = 0.5, []
+
+    class Fresh(nn.Module):
+        def forward(self, x):
+            seen.append(x.var().item())
+            return torch.randn_like(x)
+
+    x = torch.randn(64, 512)
+    for i in range(12):
+        x = blocks.nf_residual(512, Fresh(), alpha, beta=(1 + i * alpha**2) ** 0.5)(x)
+        assert x.var().item() == pytest.approx(1 + (i + 1) * alpha**2, rel=0.05)
+    assert seen == pytest.approx([1.0] * 12, rel=0.05)
+
+
+def test_nf_residual_by_hand():
+    x, f = torch.tensor([[1.0, -2.0]]), nn.Tanh()
+    y = blocks.nf_residual(2, f, alpha=0.2, beta=4.0)(x)
+    assert y.tolist()[0] == pytest.approx([1 + 0.2 * math.tanh(0.25), -2 - 0.2 * math.tanh(0.5)])
+    with pytest.raises(ValueError, match="beta=0 must be above 0"):
+        blocks.nf_residual(2, f, beta=0)

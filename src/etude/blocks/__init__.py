@@ -26,8 +26,12 @@ from etude.blocks.attention import normalized_attention as normalized_attention
 from etude.blocks.attention import qk_norm as qk_norm
 from etude.blocks.attention import rotary_attention as rotary_attention
 from etude.blocks.attention import sl2_attention as sl2_attention
+from etude.blocks.backward import RandomizedLinear as RandomizedLinear
+from etude.blocks.backward import randomized_linear as randomized_linear
 from etude.blocks.convolution import PartialConvolution as PartialConvolution
 from etude.blocks.convolution import partial_convolution as partial_convolution
+from etude.blocks.decouple import Decoupled as Decoupled
+from etude.blocks.decouple import sdd as sdd
 from etude.blocks.graph import Aggregation as Aggregation
 from etude.blocks.graph import GenConv as GenConv
 from etude.blocks.graph import MessageNorm as MessageNorm
@@ -49,6 +53,8 @@ from etude.blocks.pooling import Pool as Pool
 from etude.blocks.pooling import gated_pooling as gated_pooling
 from etude.blocks.pooling import mixed_pooling as mixed_pooling
 from etude.blocks.pooling import tree_pooling as tree_pooling
+from etude.blocks.quantize import VectorQuantizer as VectorQuantizer
+from etude.blocks.quantize import affine_vq as affine_vq
 from etude.blocks.rational import GroupRational as GroupRational
 from etude.blocks.rational import gr_kan as gr_kan
 from etude.blocks.rational import group_rational as group_rational
@@ -80,6 +86,7 @@ __all__ = [
     "Aggregation",
     "Attention",
     "Damp",
+    "Decoupled",
     "Gain",
     "GatedMlp",
     "GenConv",
@@ -94,13 +101,16 @@ __all__ = [
     "Nmu",
     "PartialConvolution",
     "Pool",
+    "RandomizedLinear",
     "Residual",
     "Rotary",
     "ScaledParameter",
     "Siren",
     "SphereQK",
     "UnitQK",
+    "VectorQuantizer",
     "affine_scaled_attention",
+    "affine_vq",
     "alpha_dropout",
     "arithmetic_sparsity",
     "attention",
@@ -138,10 +148,12 @@ __all__ = [
     "power_aggregation",
     "pre_ln",
     "qk_norm",
+    "randomized_linear",
     "res_plus",
     "rezero",
     "rotary_attention",
     "s4d",
+    "sdd",
     "selu",
     "siren",
     "sl2_attention",

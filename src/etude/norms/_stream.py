@@ -79,7 +79,7 @@ class Graph:
     def leaf(self, node: Node, i: int, at: int) -> tuple[nn.Parameter, int] | None:
         """The parameter that is the i-th input of an operation and of no other, and its axis for axis ``at`` there."""
         source = node.next_functions[i][0]
-        while source is not None and True:
+        while source is not None and self.users[source] == [(node, i)]:
             if hasattr(source, "variable"):
                 return source.variable, at
             to = route(source, 0)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin
 
 from etude._method import Method, methods
 from etude._words import nearest
 
-ROOMS = ("rules", "gradients", "norms", "init", "weights", "after")
+ROOMS = ("rules", "gradients", "recipes", "norms", "init", "weights", "after")
 """The rooms whose methods may stand in a recipe, in the order in which it is written."""
-FED = ("norms", "init")
+FED = {"norms": "d", "init": "w"}
 """The first argument of their methods, a width or a weight, comes from the model."""
 ELSEWHERE = {
     "blocks": "a block is part of how the model is built: put it into the model",
@@ -22,7 +22,6 @@ ELSEWHERE = {
     "penalties": "a penalty belongs to the task's loss",
     "schedules": "a schedule needs the length of the run: use schedules.attach",
     "probes": "a probe changes nothing: bind it to the model",
-    "recipes": "a recipe is not part of another one",
 }
 
 known = functools.cache(methods)
@@ -53,22 +52,37 @@ class Part:
 
 def candidates() -> list[Method]:
     """Every method that may stand in a recipe."""
-    return [m for m in known().values() if m.room in ROOMS]
+    return [m for m in known().values() if not _elsewhere(m)]
+
+
+def _elsewhere(method: Method) -> str:
+    """Where a method belongs that cannot stand in a recipe, or "" if it can."""
+    if method.room not in ROOMS:
+        return ELSEWHERE[method.room]
+    first = next(iter(_parameters(method.fn)), None)
+    if method.room in FED and (first is None or first.name != FED[method.room]):
+        return f"it makes no {'layer' if method.room == 'norms' else 'weight'} by itself: call it with the model"
+    if unspelled := [p.name for p in knobs(method) if p.default is p.empty and not _spelled(p.annotation)]:
+        return f"it is called with {' and '.join(unspelled)}, which a text cannot hold"
+    if method.room == "recipes" and first is not None and first.default is first.empty:
+        return "it is a model: build it in the task"
+    return ""
 
 
 def find(spelling: str) -> Method:
     """The method of a name or ``room.name``."""
     room, _, name = spelling.rpartition(".")
     hits = [m for m in known().values() if m.name == name and room in ("", m.room)]
-    ours = [m for m in hits if m.room in ROOMS]
+    ours = [m for m in hits if not _elsewhere(m)]
     if len(ours) > 1:
         raise ValueError(f"{name} stands in several rooms; write {' or '.join(f'{m.room}.{name}' for m in ours)}")
     if ours:
         return ours[0]
     if hits:
-        raise ValueError(f"{spelling} cannot stand in a recipe: {ELSEWHERE[hits[0].room]}")
+        raise ValueError(f"{spelling} cannot stand in a recipe: {_elsewhere(hits[0])}")
     names = [f"{m.room}.{m.name}" if room else m.name for m in candidates()]
-    raise ValueError(f"no method {spelling!r} for a recipe; nearest: {nearest(spelling, names)}")
+    same = ", ".join(f"{m.room}.{m.name}" for m in candidates() if m.name == name)
+    raise ValueError(f"no method {spelling!r} for a recipe; nearest: {same or nearest(spelling, names)}")
 
 
 def make_part(method: Method, given: Mapping[str, Any]) -> Part:
@@ -88,8 +102,13 @@ def make_part(method: Method, given: Mapping[str, Any]) -> Part:
 
 def knobs(method: Method) -> list[inspect.Parameter]:
     """What a recipe can set of a method."""
-    taken = list(inspect.signature(method.fn, eval_str=True).parameters.values())
+    taken = _parameters(method.fn)
     return taken[1:] if method.room in FED else taken
+
+
+@functools.cache
+def _parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    return list(inspect.signature(fn, eval_str=True).parameters.values())
 
 
 def listed(names: Iterable[str]) -> str:
@@ -103,6 +122,11 @@ def frozen(value: Any) -> Any:
     if not is_literal(value):
         raise TypeError(f"a knob holds numbers, words, None and tuples of them, not {value!r}")
     return value
+
+
+def _spelled(hint: Any) -> bool:
+    """Whether a text can hold what a knob of this type needs."""
+    return hint in (bool, int, float, str, inspect.Parameter.empty) or get_origin(hint) in (tuple, Literal)
 
 
 def is_literal(value: Any) -> bool:

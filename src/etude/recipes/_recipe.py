@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 from etude import after, init, norms, rules, weights
+from etude.recipes._change import put
 from etude.recipes._part import ROOMS, Part, find, frozen, is_literal, knobs, listed, make_part
 
-PUT: dict[str, Callable[..., Any]] = {"norms": norms.swap, "init": init.apply, "weights": weights.put}
+PUT: dict[str, Callable[..., Any]] = {
+    "recipes": put, "norms": norms.swap, "init": init.apply, "weights": weights.put,
+}  # fmt: skip
 """How methods come into a model, in this order: a new norm may be initialised, a fresh weight may be mapped."""
 ONCE = {"rules": "rule", "gradients": "gradient", "norms": "norm", "init": "initialisation"}
 """Of these a second one would undo the first."""
@@ -22,7 +25,7 @@ ONCE = {"rules": "rule", "gradients": "gradient", "norms": "norm", "init": "init
 
 @dataclass(frozen=True)
 class Recipe:
-    """Methods in one order whatever the spelling: rule, gradient, norm, init, weights, and what comes after a step."""
+    """Methods in one order whatever the spelling: rule, gradient, recipes, norm, init, weights, after each step."""
 
     parts: tuple[Part, ...]
 
@@ -48,17 +51,18 @@ class Recipe:
     @property
     def after(self) -> tuple[Any, ...]:
         """What runs after each step, in this order."""
-        return tuple(part.make() for part in self._of("after"))
+        made = (part.make() for part in self.parts)
+        return tuple(value for value in made if isinstance(value, after.After))
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Norms, then initial weights, then maps, put into ``model``; what finds nothing to change is an error."""
+        """Recipes, norms, initial weights, then maps, put into ``model``; what finds nothing to change is an error."""
         if not isinstance(model, nn.Module):
             raise TypeError(f"a recipe is applied to a model, got {type(model).__name__}")
         done: list[str] = []
-        for room, put in PUT.items():
+        for room, into in PUT.items():
             for part in self._of(room):
                 try:
-                    put(model, part.make())
+                    into(model, part.make())
                 except ValueError as error:
                     left = f"; the model already has {' + '.join(done)}: build it anew" if done else ""
                     raise ValueError(f"{part} in the recipe {self}: {error}{left}") from None
