@@ -23,7 +23,7 @@ from etude.race._rebuilt import rebuilt
 from etude.race.bundle import export, read
 from etude.race.finished import verdict as verdict_of
 from etude.race.latex import escaped, latex
-from etude.race.pool import Pool
+from etude.race.pool import Worker
 from etude.race.report import to_json
 from etude.race.store import FILE, Ledger, read_fact
 from etude.race.subject import find
@@ -46,7 +46,7 @@ def own(raced, tmp_path):
 
 @pytest.fixture
 def nobody(monkeypatch):
-    monkeypatch.setattr(Pool, "_start", lambda self: pytest.fail("a worker was started"))
+    monkeypatch.setattr(Worker, "_start", lambda self: pytest.fail("a worker was started"))
 
 
 def test_a_race_is_judged_again_from_its_ledger_alone(raced, own, nobody):
