@@ -206,19 +206,23 @@ def _print_row(console: Console, r: Record, name: str) -> None:
     _print_line(console, "  ", (name, "bold"), f"  {r['year']}  ", _plain(r["summary"]))
 
 
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+
+
 def _print_page(r: Record, among: list[Record]) -> None:
     console = _console(cut=False)
     width = min(console.width, 120)
 
     def row(label: str, text: str, style: str = "") -> None:
-        for i, line in enumerate(textwrap.wrap(text, width - 11, break_long_words=False, break_on_hyphens=False)):
+        for i, line in enumerate(_wrapped(text, width - 11)):
             console.print(Text.assemble((f"{label if i == 0 else '':9}", "dim"), "  ", (line, style)), soft_wrap=True)
 
     console.print(Text.assemble((f"{r['room']}.{r['name']}", "bold cyan")))
-    console.print(*textwrap.wrap(_plain(r["summary"]), width), sep="\n", soft_wrap=True)
+    console.print(*_wrapped(_plain(r["summary"]), width), sep="\n", soft_wrap=True)
     for paragraph in _plain(r["details"]).split("\n\n") if r["details"] else []:
         flows = not re.search(r"^\s", paragraph, re.MULTILINE)  # an indented one is set as it was written
-        console.print("", *(textwrap.wrap(paragraph, width) if flows else [paragraph]), sep="\n", soft_wrap=True)
+        console.print("", *(_wrapped(paragraph, width) if flows else [paragraph]), sep="\n", soft_wrap=True)
     console.print()
     row("paper", f"{r['authors']} {r['year']}, {r['title']}")
     row("", r["url"], "blue")

@@ -11,7 +11,7 @@ import pytest
 import etude
 from etude.race import InputError, loggers
 from etude.race import _run as running
-from etude.race.pool import Pool
+from etude.race.pool import Worker
 from etude.race.store import FILE
 
 TINY = Path(__file__).parent / "tiny.py"
@@ -27,7 +27,7 @@ def raced(tmp_path_factory):
 
 @pytest.fixture
 def nobody(monkeypatch):
-    monkeypatch.setattr(Pool, "_start", lambda self: pytest.fail("a worker was started"))
+    monkeypatch.setattr(Worker, "_start", lambda self: pytest.fail("a worker was started"))
 
 
 def scalars(folder):
