@@ -1,11 +1,11 @@
-"""Tasks whose processes run out of memory, die with their place, or tell who they are."""
+"""Tasks that a race refuses, and tasks whose processes run out of memory, die with their place, or tell who they are."""
 
 import os
 import signal
 import time
 
 import torch
-from tiny import make
+from tiny import X, Y, make
 
 
 def memory(seed):
@@ -26,3 +26,18 @@ def place(seed):
         os.kill(os.getppid(), signal.SIGKILL)
         time.sleep(60)
     return make(seed)
+
+
+def wide_loss(seed):
+    """One value per example and output: silently averaged, it would be another loss than meant."""
+    return make(seed, loss=lambda out, y: (out - y).expand(-1, 3))
+
+
+def random_weights(seed):
+    made = make(seed)
+    made.model[0].weight.data.fill_(int.from_bytes(os.urandom(2)) / 2**16)
+    return made
+
+
+def few(seed):
+    return make(seed, train=(X[:5], Y[:5]))

@@ -104,11 +104,11 @@ def in_peace(tmp_path_factory):
 
 def test_a_race_killed_at_random_moments_resumes_to_the_same_ledger(in_peace, tmp_path):
     drawn, kept = random.Random(os.environ.get("ETUDE_KILL_SEED", "7")), {}
-    for attempt in range(4):
+    for attempt in range(20):  # the first three while it begins, the others after some more runs, or within one
         process = start(tmp_path)
-        if attempt:
-            wait_for_writing(process, tmp_path, drawn.randrange(1, 60_000))
-        time.sleep(drawn.random() * (0.2 if attempt else 4))
+        if attempt > 2:
+            wait_for_writing(process, tmp_path, drawn.randrange(1, 30_000))
+        time.sleep(drawn.random() * (0.2 if attempt > 2 else 6))
         children = workers(process)
         process.send_signal(signal.SIGKILL)
         finish(process)

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from etude.race._errors import InputError, RaceError
+from etude.race._errors import InputError, RaceError, one_line
 from etude.race._model import Cell, Outcome, canonical
 
 FILE = "ledger.sqlite"
@@ -102,6 +102,9 @@ class Ledger:
     def __len__(self) -> int:
         return len(self._outcomes)
 
+    def __bool__(self) -> bool:
+        return True  # also without a record: a race that was killed before its first run goes on in its folder
+
     def __enter__(self) -> Ledger:
         return self
 
@@ -113,6 +116,8 @@ class Ledger:
         """Whatever the disk or SQLite says, said in one line."""
         try:
             yield
+        except UnicodeDecodeError as error:  # what SQLite says of a damaged file quotes it
+            raise RaceError(_damaged(self.folder, "its tables cannot be read")) from error
         except sqlite3.DatabaseError as error:
             if "locked" in str(error):
                 raise RaceError(
@@ -138,12 +143,12 @@ def read_fact(folder: Path, name: str) -> Any:
         raise InputError(f"no race in {folder}: {FILE} is not there")
     try:
         db = _connect(file)
-    except sqlite3.DatabaseError as error:
-        raise RaceError(f"cannot read {file}: {error}") from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        raise RaceError(f"cannot read {file}: {one_line(error)}") from error
     try:
         return _fact(db, folder, name)
-    except sqlite3.DatabaseError as error:
-        raise RaceError(f"cannot read {file}: {error}") from error
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        raise RaceError(f"cannot read {file}: {one_line(error)}") from error
     finally:
         db.close()
 
@@ -166,9 +171,13 @@ def _short(value: Any) -> str:
 def _connect(file: Path) -> sqlite3.Connection:
     db = sqlite3.connect(file, timeout=1.0, isolation_level=None)  # autocommit: every statement is a transaction
     db.text_factory = lambda held: held.decode("utf-8", "replace")  # a flipped byte is the checksum's to find
-    db.execute("PRAGMA locking_mode=EXCLUSIVE")  # one writer; a second race in this folder is refused
-    db.execute("PRAGMA journal_mode=WAL")
-    db.execute("PRAGMA synchronous=FULL")
+    try:
+        db.execute("PRAGMA locking_mode=EXCLUSIVE")  # one writer; a second race in this folder is refused
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("PRAGMA synchronous=FULL")
+    except BaseException:
+        db.close()
+        raise
     return db
 
 
