@@ -31,7 +31,7 @@ lint: .venv/test.ready
 	$(BIN)/mypy
 
 mutants: .venv/test.ready
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tests/mutants
 
 bench: .venv/test.ready
 	$(BIN)/python -m benchmarks
