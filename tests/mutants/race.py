@@ -10,7 +10,7 @@ MUTANTS = [
     Mutant("race/_statistics.py", "worst = max(worst, min(1.0, (len(p) - rank) * p[i]))", "worst = min(1.0, (len(p) - rank) * p[i])", "race/test_verdict.py"),
     Mutant("race/_statistics.py", "special.stdtrit(len(x) - 1, (1 + level) / 2)", "special.stdtrit(len(x), (1 + level) / 2)", "race/test_verdict.py"),
     Mutant("race/verdict.py", '"under-tuned" if standing.at_edge else "worse"', '"worse"', "race/test_verdict.py"),
-    Mutant("race/verdict.py", "1 - 2 * plan.alpha", "1 - plan.alpha", "race/test_verdict.py"),
+    Mutant("race/verdict.py", "mine - theirs, 1 - 2 * plan.alpha", "mine - theirs, 1 - plan.alpha", "race/test_verdict.py"),
     Mutant("race/report.py", "autoescape=True", "autoescape=False", "race/test_report.py"),
     Mutant("race/_stacks.py", "torch.stack(partials).sum(0)", "torch.stack(partials).sum().expand(self.size)", "race/test_population.py"),
     Mutant("race/_stacks.py", "multiplier if k in scaled else x", "1.0 if k in scaled else x", "race/test_population.py"),

@@ -17,7 +17,7 @@ MUTANTS = [
     Mutant("penalties/weights.py", "w.flatten(1), dim=1", "w.flatten(1), dim=0", "papers/test_penalties_weights.py"),
     Mutant("penalties/weights.py", ".square().sum()", ".square().mean()", "papers/test_penalties_weights.py"),
     # gradients
-    Mutant("gradients/sharpness.py", "x.copy_(old)", "x.sub_(x - old)", "papers/test_gradients_sharpness.py laws/test_gradients.py"),
+    Mutant("gradients/sharpness.py", "                    x.copy_(old)", "                    x.sub_(x - old)", "papers/test_gradients_sharpness.py laws/test_gradients.py"),
     Mutant("gradients/sharpness.py", "w.add_(g * scale.to(w.device))", "w.add_(g * (rho / g.norm()))", "papers/test_gradients_sharpness.py"),
     Mutant("gradients/sharpness.py", "            _rewind(generators)", "            pass", "papers/test_gradients_sharpness.py"),
     Mutant("gradients/_gradient.py", "return loss.detach(), ", "return loss, ", "laws/test_gradients.py"),

@@ -18,7 +18,7 @@ MUTANTS = [
     Mutant("_commands.py", "        return 2\n", "        return 1\n", "test_cli.py::test_bad_input_is_one_line_and_writes_nothing"),
     Mutant("cli.py", "        sys.stdout.flush()\n", "", "test_cli.py::test_a_reader_that_leaves_early_is_no_error"),
     # recipes
-    Mutant("recipes/_recipe.py", "{**dict(found[0].knobs), **given}", "given", "test_recipes.py"),
+    Mutant("recipes/_recipe.py", "knobs = dict(found[0].knobs)", "knobs = {}", "test_recipes.py"),
     Mutant("recipes/_part.py", "taken[1:] if method.room in FED else taken", "taken", "test_recipes.py"),
     Mutant("step.py", "total: Tensor = risk(each, *group)", "total: Tensor = each.mean()", "test_step.py"),
     Mutant("recipes/normalizer_free.py", "(2 * len(weighted) - 2)", "(2 * len(weighted))", "papers/test_recipes_normalizer_free.py"),
