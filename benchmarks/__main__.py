@@ -13,6 +13,12 @@ import torch
 RESULTS = Path(__file__).with_name("results.md")
 PARTS = {
     "norms": ("norms", 1, "Norms, forward and backward, over torch's LayerNorm (eager); one thread, process time"),
+    "norms2": ("norms", 2, "Norms, forward and backward, over torch's LayerNorm (eager); two threads, wall time"),
+    "image_norms": (
+        "image_norms",
+        1,
+        "Norms of images in training, forward and backward, over torch's BatchNorm2d; one thread, process time",
+    ),
     "weights": ("weights", 1, "LoRA, forward and backward, over a frozen Linear(1024, 1024); one thread, process time"),
     "optimizers": (
         "optimizers",

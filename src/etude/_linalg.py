@@ -51,3 +51,15 @@ def hadamard(n: int) -> Tensor:
     while len(h) < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
     return h
+
+
+def compact_wy(u: Tensor) -> Tensor:
+    """Z with H₁ H₂ … H_r = I − U Z, a product of reflections Hᵢ = I − 2 uᵢ uᵢᵀ / ‖uᵢ‖².
+
+    Z = (the part of UᵀU above its diagonal + half its diagonal)⁻¹ Uᵀ.  u: [d, r], of any lengths but 0; Z: [r, d].
+    """
+    gram = u.mT @ u
+    half = gram.triu(1) + 0.5 * gram.diagonal(dim1=-2, dim2=-1).diag_embed()
+    one = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+    z: Tensor = torch.linalg.solve_triangular(half, one, upper=True) @ u.mT  # a solve with d right sides is slower
+    return z

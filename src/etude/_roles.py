@@ -93,12 +93,14 @@ def _is_transposed_linear(module: nn.Module) -> bool:
 
 
 def _mapped_role(model: nn.Module, path: str, module: nn.Module, p: Tensor) -> str:
-    """A parametrised weight keeps its role in its full-sized original; the map's own parameters are an adapter's."""
+    """A parametrised weight keeps its role in its original, full-sized or in codes; the map's own are an adapter's."""
     owner_path, _, rest = f".{path}".rpartition(".parametrizations.")
     if not isinstance(module, ParametrizationList):
         return "adapter"
     owner, weight = model.get_submodule(owner_path.lstrip(".")), rest.split(".")[0]
-    full = p.ndim > 1 and p.shape == getattr(owner, weight).shape
+    shape, roots = getattr(owner, weight).shape, list(module.parameters(recurse=False))
+    full = not p.is_floating_point() or (p.ndim > 1 and p.shape == shape)
+    full = full or (p is roots[0] and p.ndim > 1 and all(q.shape != shape for q in roots))  # the first of its factors
     return _role(model, owner_path.lstrip("."), owner, weight, p) if full else "vector"
 
 
@@ -119,11 +121,13 @@ def _head(model: nn.Module) -> Tensor | None:
 
 
 def _stored(layer: nn.Linear) -> Tensor:
-    """The layer's weight as it is trained: under a parametrisation, the original of full size."""
+    """The layer's weight as it is trained: under a parametrisation, the original of full size, or its codes."""
     if "weight" not in getattr(layer, "parametrizations", ()):
         return layer.weight
     full = (layer.out_features, layer.in_features)
-    return next(p for p in layer.parametrizations.weight.parameters(recurse=False) if p.shape == full)  # type: ignore[union-attr]
+    held: Any = layer.parametrizations.weight  # type: ignore[union-attr]
+    roots: list[Tensor] = list(held.parameters(recurse=False))
+    return next(p for p in roots if p.shape == full or not p.is_floating_point())
 
 
 def _in_block(model: nn.Module, path: str) -> bool:

@@ -110,14 +110,51 @@ def test_finite_forward_and_backward_from_zero_to_huge(method, scale):
 @each
 @pytest.mark.parametrize("training", [True, False])
 def test_constant_huge_half_empty_and_lonely_inputs(method, training):
-    """Constant: x̂ is finite. Half at ±1e4, whose square half cannot hold: finite. No example, and in eval one, too."""
+    """Constant, half at ±1e4, whose square half cannot hold, one example: finite. No example. A place: or refused."""
     norm = built(method).train(training)
     x = example(norm)
     assert call(norm, torch.full_like(x, 7.0)).isfinite().all()
     assert call(copy.deepcopy(norm), (1e4 * x.sign()).half()).isfinite().all()
-    if not training:
-        assert call(norm, x[:0]).shape == x[:0].shape
-        assert call(norm, x[:1]).isfinite().all()
+    assert call(norm, x[:0]).shape == x[:0].shape
+    assert call(norm, x[:1]).isfinite().all()
+    place = x[:1]
+    for axis in range(1, x.ndim):
+        place = place if axis == norm.axis % x.ndim else place[(slice(None),) * axis + (slice(1),)]
+    with contextlib.suppress(ValueError):  # statistics of one number are none
+        assert call(norm, place).isfinite().all()
+
+
+@each
+def test_train_and_eval_agree_where_nothing_is_remembered(method):
+    norm = built(method)
+    x = example(norm)
+    fresh, rest = call(copy.deepcopy(norm).train(), x), call(norm.eval(), x)
+    assert torch.equal(fresh, rest) or any(True for _ in norm.buffers())
+
+
+@each
+def test_the_device_is_kept(method):
+    """Whatever it makes on the way, it makes where x is: on the device that computes nothing, that is an error."""
+    norm = built(method).eval()
+    x = example(norm)
+    rest = (tuple(t.to("meta") for t in c) if isinstance(c, tuple) else c.to("meta") for c in conditions(norm, x))
+    y = norm.to("meta")(x.to("meta"), *rest)
+    assert (y.device.type, y.shape) == ("meta", x.shape)
+
+
+WITH_MOMENTUM = [m for m in NORMS if "momentum" in m.knobs and hasattr(make(m), "running_var")]
+
+
+@pytest.mark.parametrize("method", WITH_MOMENTUM, ids=lambda m: m.name)
+def test_running_statistics_are_those_of_two_passes(method):
+    """With all the weight on this batch, far from 0 beside its spread: the mean, and the variance about that mean."""
+    norm = make(method, momentum=1.0)
+    x = 30 + torch.randn(64, norm.features, 3, 5)
+    norm.train()(x)
+    exact = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(norm.running_var.double(), exact.var(1), rtol=1e-4, atol=0)
+    if hasattr(norm, "running_mean"):
+        torch.testing.assert_close(norm.running_mean.double(), exact.mean(1), rtol=1e-6, atol=0)
 
 
 @each

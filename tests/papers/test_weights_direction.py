@@ -1,4 +1,4 @@
-"""What the papers say of weight norm, spectral norm and weight standardization; torch and timm as references."""
+"""What the papers say of maps that fix the scale or the centre of a weight; torch and timm as references."""
 
 import itertools
 import math
@@ -232,3 +232,232 @@ def test_weight_standardization_gradient_of_a_filter_has_mean_zero_and_no_radial
 def test_weight_standardization_refuses_a_fan_in_of_one():
     with pytest.raises(ValueError, match="fan-in of 2 or more"):
         weights.put(nn.Conv2d(4, 4, 1, groups=4), weights.weight_standardization(), on="conv")
+
+
+def test_weight_norm_init_gives_each_layer_mean_0_and_variance_1_on_the_batch():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 5, 2), nn.Flatten(), nn.Linear(5 * 49, 6)
+    ).double()
+    weights.put(model, weights.weight_norm(), on="*")
+    x, seen = torch.randn(30, 3, 8, 8, dtype=F64), []
+    assert weights.weight_norm_init(model, x) is model
+    for i in (0, 2, 4):
+        model[i].register_forward_hook(lambda m, args, y: seen.append(y))
+    model(x)
+    for y in seen:
+        axes = [i for i in range(y.ndim) if i != 1]
+        torch.testing.assert_close(y.mean(axes), torch.zeros(y.shape[1], dtype=F64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(y.var(axes, correction=0), torch.ones(y.shape[1], dtype=F64))
+
+
+def test_weight_norm_init_is_equation_5_and_leaves_v():
+    layer = nn.Linear(2, 1, dtype=F64)
+    weights.put(layer, weights.weight_norm(), on="weight")
+    with torch.no_grad():
+        chain(layer).original0.fill_(5.0)
+        chain(layer).original1.copy_(torch.tensor([[3.0, -4.0]], dtype=F64))
+        layer.bias.fill_(7.0)
+    x = [[1.0, 2.0], [0.5, -1.0], [-2.0, 0.0]]
+    t = [(3 * a - 4 * b) / 5 for a, b in x]
+    weights.weight_norm_init(layer, torch.tensor(x, dtype=F64))
+    assert chain(layer).original0.item() == pytest.approx(1 / statistics.pstdev(t))
+    assert layer.bias.item() == pytest.approx(-statistics.mean(t) / statistics.pstdev(t))
+    assert chain(layer).original1.tolist() == [[3.0, -4.0]]
+
+
+def test_weight_norm_init_refuses_what_it_cannot_set():
+    with pytest.raises(ValueError, match="found no linear or convolutional layer that carries weight_norm"):
+        weights.weight_norm_init(nn.Linear(2, 2), torch.ones(3, 2))
+    model = weights.put(nn.Sequential(nn.Linear(2, 2)), weights.weight_norm(), on="*")
+    with pytest.raises(ValueError, match=r"^0: a channel makes the same of all of this batch"):
+        weights.weight_norm_init(model, torch.ones(3, 2))
+    model.unused = nn.Sequential()
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"^0: not called by the model"):
+        weights.weight_norm_init(model, torch.randn(3, 2))
+
+
+def badly_scaled(layer, axis):
+    """Its rows differ in size by up to 10⁶."""
+    with torch.no_grad():
+        rows = layer.weight.movedim(axis, 0)
+        rows.mul_(torch.logspace(-3, 3, len(rows), dtype=F64).view(-1, *[1] * (rows.ndim - 1)))
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer, axis", [(nn.Linear(9, 6), 0), (nn.Conv2d(2, 6, 3), 0), (nn.ConvTranspose2d(6, 4, (1, 3)), 1)]
+)
+def test_weight_conditioning_equilibrates_rows_and_lowers_the_condition_number(layer, axis):
+    layer = badly_scaled(layer.double(), axis)
+    before = torch.linalg.cond(layer.weight.detach().movedim(axis, 0).flatten(1))
+    weights.put(layer, weights.weight_conditioning(), on="weight")
+    rows = layer.weight.detach().movedim(axis, 0).flatten(1)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows), dtype=F64))
+    assert torch.linalg.cond(rows) < 1e-3 * before
+
+
+def test_weight_conditioning_is_within_root_of_rows_of_the_best_diagonal_matrix():
+    """Van der Sluis, for matrices that a known diagonal matrix conditions perfectly."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        layer = nn.Linear(5, 5, dtype=F64)
+        with torch.no_grad():
+            layer.weight.copy_(
+                torch.randn(5, dtype=F64).exp()[:, None] * nn.init.orthogonal_(torch.empty_like(layer.weight))
+            )
+        weights.put(layer, weights.weight_conditioning(), on="weight")
+        assert torch.linalg.cond(layer.weight) <= 5**0.5
+
+
+def test_weight_conditioning_does_not_feel_the_size_of_a_row():
+    layer, x = nn.Linear(4, 3, dtype=F64), torch.randn(5, 4, dtype=F64)
+    weights.put(layer, weights.weight_conditioning(), on="weight")
+    layer(x).pow(3).sum().backward()
+    v = chain(layer).original
+    assert v.grad.abs().max() > 0.1
+    assert (v * v.grad).sum(1).abs().max() < 1e-12
+    before = layer(x)
+    with torch.no_grad():
+        v.mul_(torch.tensor([[0.1], [3.0], [50.0]]))
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_weight_conditioning_equals_weight_norm_of_length_one():
+    ours, theirs = twins("conv")
+    weights.put(ours, weights.weight_conditioning(), on="conv")
+    weights.put(theirs, weights.weight_norm(), on="conv")
+    nn.init.ones_(chain(theirs).original0)
+    for layer in (ours, theirs):
+        layer.weight.pow(3).sum().backward()
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(chain(ours).original.grad, chain(theirs).original1.grad)
+
+
+def test_weight_conditioning_refuses_a_row_of_zeros():
+    layer = nn.Linear(3, 3)
+    nn.init.zeros_(layer.weight[1])
+    with pytest.raises(ValueError, match="weight_conditioning finds no direction"):
+        weights.put(layer, weights.weight_conditioning(), on="weight")
+
+
+def test_sigma_reparam_is_one_step_of_power_iteration_at_each_use():
+    """The authors' order: v = W u, then u = Wᵀ v, and σ = vᵀ W u; in eval the step is taken and not kept."""
+    layer = nn.Linear(3, 2, bias=False, dtype=F64)
+    weights.put(layer, weights.sigma_reparam(start="one"), on="weight")
+    with torch.no_grad():
+        chain(layer)[0].u.copy_(torch.tensor([0.6, -0.8, 0.0]))
+        chain(layer).original0.fill_(1.7)
+    w, u = chain(layer).original1.tolist(), chain(layer)[0].u.tolist()
+
+    def unit(a):
+        return [x / math.hypot(*a) for x in a]
+
+    for training in (True, True, False, False):
+        v = unit([sum(a * b for a, b in zip(row, u)) for row in w])
+        new = unit([w[0][j] * v[0] + w[1][j] * v[1] for j in range(3)])
+        sigma = sum(v[i] * w[i][j] * new[j] for i in range(2) for j in range(3))
+        u = new if training else u
+        for row, ours in zip(w, layer.train(training).weight.tolist()):
+            assert ours == pytest.approx([1.7 * a / sigma for a in row], abs=1e-12)
+    assert chain(layer)[0].u.tolist() == pytest.approx(u)
+
+
+@pytest.mark.parametrize(
+    "axis, layer", [(0, nn.Linear(7, 5)), (0, nn.Conv2d(3, 5, 3)), (1, nn.ConvTranspose1d(4, 6, 3))]
+)
+def test_sigma_reparam_sets_the_largest_singular_value_to_gamma(axis, layer):
+    layer = layer.double()
+    w = layer.weight.detach().movedim(axis, 0).flatten(1)
+    weights.put(layer, weights.sigma_reparam(), on="weight")
+    gamma = chain(layer).original0
+    assert gamma.numel() == 1
+    assert gamma.item() == pytest.approx(torch.linalg.matrix_norm(w, 2).item(), rel=1e-12), "exact from the start"
+    torch.testing.assert_close(layer.weight.movedim(axis, 0).flatten(1), w)
+    nn.init.constant_(gamma, 0.3)
+    with torch.no_grad():
+        chain(layer).original1.add_(0.1 * torch.randn_like(layer.weight))
+    for _ in range(300):
+        w = layer.weight
+    assert torch.linalg.matrix_norm(w.movedim(axis, 0).flatten(1), 2).item() == pytest.approx(0.3, rel=1e-6)
+
+
+def test_sigma_reparam_from_one_equals_torchs_spectral_norm_and_its_gradient():
+    ours, theirs = twins("linear")
+    weights.put(ours, weights.sigma_reparam(start="one"), on="weight")
+    parametrizations.spectral_norm(theirs, n_power_iterations=200)
+    for layer in (ours, theirs):
+        for _ in range(3):
+            w = layer.weight
+        w.pow(3).sum().backward()
+    torch.testing.assert_close(ours.weight, theirs.weight, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(chain(ours).original1.grad, chain(theirs).original.grad, rtol=1e-6, atol=1e-8)
+
+
+def test_sigma_reparam_does_not_feel_the_size_of_the_weight():
+    layer, x = nn.Linear(4, 3, dtype=F64), torch.randn(5, 4, dtype=F64)
+    weights.put(layer, weights.sigma_reparam(), on="weight")
+    layer(x).pow(3).sum().backward()
+    v = chain(layer).original1
+    assert v.grad.abs().max() > 1e-3
+    assert (v * v.grad).sum().abs() < 1e-12, "the gradient is orthogonal to the weight"
+    before = layer(x)
+    with torch.no_grad():
+        v.mul_(7.0)
+    torch.testing.assert_close(layer(x), before)
+
+
+def test_sigma_reparam_refuses_a_weight_of_zeros():
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.weight)
+    with pytest.raises(ValueError, match="sigma_reparam cannot divide by its norm"):
+        weights.put(layer, weights.sigma_reparam(), on="weight")
+
+
+@pytest.mark.parametrize("gamma", [1.0, 1.7129])
+def test_scaled_weight_standardization_equals_timm(gamma):
+    ours = nn.Conv2d(4, 6, 3, padding=1, groups=2, dtype=F64)
+    theirs = timm("layers.std_conv").ScaledStdConv2d(4, 6, 3, groups=2, gamma=gamma, dtype=F64)
+    theirs.load_state_dict(ours.state_dict() | {"gain": theirs.gain})
+    weights.put(ours, weights.scaled_weight_standardization(gamma), on="conv")
+    gain = torch.rand(6, 1, 1, 1, dtype=F64) + 0.5
+    with torch.no_grad():
+        chain(ours).original0.copy_(gain)
+        theirs.gain.copy_(gain)
+    x = torch.randn(2, 4, 5, 5, dtype=F64)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
+    for module in (ours, theirs):
+        module(x).pow(3).sum().backward()
+    torch.testing.assert_close(chain(ours).original0.grad, theirs.gain.grad, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(chain(ours).original1.grad, theirs.weight.grad, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "axis, layer", [(0, nn.Linear(9, 5)), (0, nn.Conv1d(3, 5, 3)), (1, nn.ConvTranspose2d(4, 6, 2))]
+)
+def test_scaled_weight_standardization_gives_each_filter_mean_0_and_variance_1_by_fan_in(axis, layer):
+    layer = layer.double()
+    weights.put(layer, weights.scaled_weight_standardization(gamma=2.0, eps=0.0), on="weight")
+    rows = layer.weight.movedim(axis, 0).flatten(1)
+    torch.testing.assert_close(rows.mean(1), torch.zeros(len(rows), dtype=F64), rtol=0, atol=1e-14)
+    torch.testing.assert_close(rows.var(1, correction=0), torch.full((len(rows),), 4 / rows.shape[1], dtype=F64))
+
+
+def test_scaled_weight_standardization_carries_a_signal_through_fifty_relu_layers_without_a_mean():
+    """He's initialisation keeps the second moment too, but the channels' means grow to a large part of it."""
+
+    def through(put):
+        torch.manual_seed(0)
+        x = torch.randn(512, 128, dtype=F64)
+        for _ in range(50):
+            layer = nn.Linear(128, 128, bias=False, dtype=F64)
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            x = (put(layer) if put else layer)(x.relu()).detach()
+        return x.var(0).mean().item(), x.mean(0).square().mean().item()
+
+    gamma = math.sqrt(2 / (1 - 1 / math.pi))
+    var, mean = through(lambda m: weights.put(m, weights.scaled_weight_standardization(gamma), on="weight"))
+    he_var, he_mean = through(None)
+    assert 0.5 < var < 2
+    assert mean < 0.1 * var
+    assert he_mean > 5 * he_var

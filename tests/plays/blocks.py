@@ -99,7 +99,8 @@ def play(value):
     x.requires_grad_()
     torch.manual_seed(2)  # dropout
     y = call(block, x, *rest)
-    grads = torch.autograd.grad(y[0].square().sum(), [x, *block.parameters()])
+    loss = sum(t.square().sum() for t in y if t.requires_grad)
+    grads = torch.autograd.grad(loss, [x, *block.parameters()])
     return torch.cat([t.detach().flatten() for t in (*y, *grads)])
 
 

@@ -3,6 +3,8 @@
 import math
 import re
 import sys
+from inspect import signature
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from etude import blocks, norms
+from etude._method import methods
 from etude._roles import roles
 from etude.race import Cell, InputError, Task, loop, models
 from etude.race._probe import probe_all
@@ -21,13 +24,14 @@ from etude.race.subject import find, open_task
 from etude.race.task import as_batch, forward, plain_tensor
 from etude.race.tasks import Found, builtin, find_task
 from etude.race.tasks.bytes import _blocks
+from etude.race.tasks.graphs import _graphs
 from etude.race.tasks.photo import _pixels
 
 HERE = Path(__file__).parent
 X = torch.linspace(-1, 1, 32).reshape(16, 2)
 Y = X.sum(1, keepdim=True)
 NAMES = [
-    "bytes", "digits", "digits:conv", "digits:vit", "photo", "photo:flower", "tabular", "tabular:diabetes",
+    "bytes", "digits", "digits:conv", "digits:vit", "graphs", "photo", "photo:flower", "tabular", "tabular:diabetes",
     "tabular:wine",
 ]  # fmt: skip
 
@@ -100,6 +104,13 @@ def test_the_photo_parts_are_a_chessboard_without_overlap():
     assert task.metric(torch.zeros(5, 3), torch.full((5, 3), 0.2)).item() == pytest.approx(20)  # −10 log₁₀(0.04 / 4)
 
 
+def test_the_graphs_are_told_apart_by_their_triangles_alone():
+    (x, y), *_ = _graphs()
+    assert torch.equal(x, x.mT) and torch.equal(x.sum((1, 2)), torch.full((1200,), 48.0))
+    counts = torch.tensor([sum(bool(a[i, j] * a[j, k] * a[i, k]) for i, j, k in combinations(range(12), 3)) for a in x])
+    torch.testing.assert_close(y[:, 0], (counts - counts.float().mean()) / counts.float().std())
+
+
 # -- reference models -------------------------------------------------------------------------------------------------
 
 
@@ -122,25 +133,49 @@ def test_vit_sees_its_patches_in_place():
         models.ViT(8, 3, 1, 3)
 
 
+def test_a_graph_is_the_same_in_any_order_of_its_nodes():
+    model = models.GraphTransformer(2, walks=3)
+    x, y = (nn.functional.one_hot(torch.tensor(to), 6).float()[None] for to in ([1, 2, 0, 4, 5, 3], [1, 2, 3, 4, 5, 0]))
+    triangles, ring, order = x + x.mT, y + y.mT, torch.tensor([3, 0, 5, 1, 4, 2])
+    path = ring - ring * (torch.arange(6) < 1) * (torch.arange(6)[:, None] == 5)  # one way is left of one edge
+    for x in (ring, path):
+        torch.testing.assert_close(model(x[:, order][..., order]), model(x))
+    assert not torch.allclose(model(triangles), model(ring))
+    blind = models.GraphTransformer(2, walks=2)  # all degrees are 2, and no walk of two steps tells a triangle
+    torch.testing.assert_close(blind(triangles), blind(ring))
+
+
 def test_the_sines_keep_their_distribution_through_the_layers():
     """Sitzmann et al. 2020, theorem 1.8: inputs of the sines are N(0, 1) from the second layer on, whatever the depth."""
     x = 2 * torch.rand(2000, 2) - 1
     model = models.siren(2, 1, width=256, depth=5)
     seen = []
-    for m in model[2::2]:  # the theorem is about the weights alone
-        nn.init.zeros_(m.bias)
-    for m in model[1::2]:
-        m.register_forward_pre_hook(lambda m, args: seen.append((m.omega * args[0]).std().item()))
+    for m in model[:-1]:
+        m.linear.register_forward_hook(lambda _, args, y, w0=m.w0: seen.append((w0 * y).std().item()))
+    for m in model[1:-1]:  # the theorem is about the weights alone
+        nn.init.zeros_(m.linear.bias)
     model(x)
     assert seen[1:] == pytest.approx([1.0] * 4, abs=0.15)
 
 
-@pytest.mark.parametrize("place", [blocks.pre_ln, blocks.post_ln, blocks.peri_ln])
+PLACES = [m.fn for m in methods().values() if m.family == "residual" and {"d", "f"} <= {*signature(m.fn).parameters}]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 def test_the_slots_take_any_placement_and_norm(place):
-    model = models.GPT(50, 8, d=16, heads=2, norm=norms.rms_norm, place=place, mixer=blocks.qk_norm)
+    slots = {"norm": norms.rms_norm, "place": place, "mixer": blocks.qk_norm, "network": blocks.swiglu}
+    model = models.GPT(50, 8, d=16, heads=2, **slots)
     assert model(torch.randint(50, (2, 8))).shape == (2, 8, 50)
     assert not any(isinstance(m, nn.LayerNorm) for m in model.modules())
     assert models.residual_mlp(4, 2, norm=norms.rms_norm, place=place)(torch.randn(3, 4)).shape == (3, 2)
+
+
+def test_a_placement_is_told_the_layer_and_the_depth_it_asks_for():
+    vit = models.ViT(8, 4, 1, 3, d=16, heads=2, depth=3, place=blocks.layernorm_scaling)
+    assert [m.scale_in for m in vit.layers[:-1]] == pytest.approx([n**-0.5 for n in (1, 1, 2, 2, 3, 3)])
+    gpt = models.GPT(50, 8, d=16, heads=2, depth=3, place=blocks.deep_norm)
+    assert {m.join.a for m in gpt.layers[:-1]} == {6**0.25}
+    assert [m.join.a for m in models.residual_mlp(4, 2, depth=2, place=blocks.deep_norm)[1:3]] == [4**0.25] * 2
 
 
 def test_a_convnet_halves_the_image_after_its_first_block():

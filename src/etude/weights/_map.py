@@ -6,7 +6,7 @@ the weight beneath is frozen).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, cast
 
@@ -17,6 +17,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize as P
 
 from etude._method import stamp
+from etude.weights._birth import Watch
 
 Spot = tuple[nn.Module, str]
 
@@ -35,14 +36,40 @@ class Map(nn.Module):
     axis = 0  # of the output units; 1 in a transposed convolution and in Hugging Face's Conv1D
     many = False  # whether ``right_inverse`` makes several tensors
     on = True
-    twin = False  # whether ``linear`` stands in for ``forward`` where it can
+    product: Callable[..., Tensor] | None = (
+        None  # a reparametrisation's twin: (*theta, x) ↦ x Wᵀ without W, if it has one
+    )
+    twin = False  # whether ``linear``, or ``product``, stands in for ``forward`` where it can
 
     def takes(self, w: Tensor) -> bool:
         """Whether this is a weight for the map; biases and gains are not."""
         return w.ndim >= 2
 
     def born(self, w: Tensor) -> None:
-        """Called by ``put`` once, with the weight as it stands."""
+        """Called by ``put`` once, with the weight as it stands (and, where ``watch`` makes one, with its watch)."""
+
+    def blank(self, w: Tensor, state: Mapping[str, Tensor]) -> None:
+        """θ for this weight, into which ``state`` is loaded next."""
+        self.born(w)
+
+    def watch(self) -> Watch | None:
+        """What must see the data before this map is born on a weight; mostly nothing."""
+        return None
+
+    def enough(self, watches: list[Watch]) -> bool:
+        """Whether the weights have seen enough of the data."""
+        return False
+
+    def allot(self, watches: list[Watch]) -> None:
+        """Give each weight's watch its rank, where the weights share a budget."""
+
+    def matrix(self, w: Tensor) -> Tensor:
+        """The weight as [out, in], however stored; a kernel as [out, in · kh · kw]."""
+        return w.movedim(self.axis, 0).flatten(1)
+
+    def stored(self, m: Tensor, w: Tensor) -> Tensor:
+        """A matrix [out, in] in the shape and order in which w is stored."""
+        return m.view(w.movedim(self.axis, 0).shape).movedim(0, self.axis).contiguous()
 
     def right_inverse(self, w: Tensor) -> Tensor | tuple[Tensor, ...]:
         return w
@@ -62,6 +89,9 @@ class Adapter(Map):
 
     additive: ClassVar[bool] = False
     """W' − W does not depend on W: such adapters commute."""
+
+    remade: ClassVar[tuple[str, ...]] = ()
+    """Buffers that a birth makes again from the knobs alone, as from a seed: ``save`` leaves them out of its file."""
 
     def right_inverse(self, w: Tensor) -> Tensor:
         raise NotImplementedError(f"the weight carries {self!r}: merge or remove it before you assign a weight")
@@ -99,11 +129,14 @@ class Chain(P.ParametrizationList):
         """What these of the maps make of the roots."""
         if not maps:
             return self.original
-        roots = [self.original] if self.is_tensor else [getattr(self, f"original{i}") for i in range(self.ntensors)]
-        w: Tensor = maps[0](*roots)
+        w: Tensor = maps[0](*self._theta())
         for m in maps[1:]:
             w = m(w)
         return w
+
+    def _theta(self) -> list[Tensor]:
+        """What the first map is played on."""
+        return [self.original] if self.is_tensor else [getattr(self, f"original{i}") for i in range(self.ntensors)]
 
     def still(self, maps: list[Map]) -> Tensor:
         """``make`` outside autograd and training: no buffer moves."""
@@ -117,11 +150,15 @@ class Chain(P.ParametrizationList):
         """x Wᵀ + bias, where the maps on top that have a twin never build W."""
         maps = self.active()
         cut = len(maps)
-        while cut and getattr(maps[cut - 1], "twin", False):
+        while cut and isinstance(maps[cut - 1], Adapter) and maps[cut - 1].twin:
             cut -= 1
-        w, above = self.make(maps[:cut]), cast("list[Adapter]", maps[cut:])
+        above = cast("list[Adapter]", maps[cut:])
         inside = bias if all(m.additive for m in above) else None  # where maps only add, the bias rides along for free
-        base: Callable[[Tensor], Tensor] = partial(F.linear, weight=w, bias=inside)
+        base: Callable[[Tensor], Tensor]
+        if cut == 1 and getattr(maps[0], "twin", False):
+            base, inside = partial(cast(Any, maps[0]).product, *self._theta()), None
+        else:
+            base = partial(F.linear, weight=self.make(maps[:cut]), bias=inside)
         for m in above:
             base = partial(m.linear, base=base)
         return base(x) if inside is bias else base(x) + cast(Tensor, bias)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
 from etude.blocks import Residual, pre_ln
 
 MakeNorm = Callable[[int], nn.Module]
-Place = Callable[[int, nn.Module, MakeNorm], Residual]
-"""How a norm, a function and the path around it are put together: `blocks.pre_ln` and its like."""
+Place = Callable[..., Residual]
+"""(d, f, …) → a norm, a function and the path around it put together: `blocks.pre_ln` and its like."""
+
+
+def placed(place: Place, d: int, f: nn.Module, **known: Any) -> Residual:
+    """``place(d, f)``, told what it asks for by name: what makes its ``norm``, its ``layer`` of how many ``layers``."""
+    asked = inspect.signature(place).parameters
+    return place(d, f, **{name: value for name, value in known.items() if name in asked})
 
 
 def mlp(*widths: int, norm: MakeNorm = nn.LayerNorm, act: Callable[[], nn.Module] = nn.GELU) -> nn.Sequential:
@@ -36,11 +44,14 @@ def residual_mlp(
     x: [n, inputs], standardised columns; the result: [n, outputs].
     """
     blocks = [
-        place(
+        placed(
+            place,
             width,
             nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Dropout(dropout), nn.Linear(2 * width, width)),
-            norm,
+            norm=norm,
+            layer=i + 1,
+            layers=depth,
         )
-        for _ in range(depth)
+        for i in range(depth)
     ]
     return nn.Sequential(nn.Linear(inputs, width), *blocks, norm(width), nn.ReLU(), nn.Linear(width, outputs))

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
-from etude.blocks import attention, pre_ln
-from etude.race.models.mlp import MakeNorm, Place
+from etude.blocks import attention, mlp, pre_ln
+from etude.race.models.mlp import MakeNorm, Place, placed
 
 MakeAttention = Callable[..., nn.Module]
 """(d, heads, causal=…) → the module that mixes tokens: `blocks.attention`, `blocks.qk_norm`, …"""
+MakeMlp = Callable[[int], nn.Module]
+"""d → the module that acts on each token: `blocks.mlp`, `blocks.swiglu`, …"""
+gelu_mlp = partial(mlp, activation=nn.GELU)
 
 
-def _layers(
-    d: int, heads: int, depth: int, causal: bool, norm: MakeNorm, place: Place, mixer: MakeAttention
+def transformer_layers(
+    d: int, heads: int, depth: int, causal: bool, norm: MakeNorm, place: Place, mixer: MakeAttention, network: MakeMlp
 ) -> nn.Sequential:
-    """``depth`` × (attention, then two linear layers four times as wide between), each placed; one norm at the end."""
-    parts: list[nn.Module] = []
-    for _ in range(depth):
-        wide = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
-        parts += [place(d, mixer(d, heads, causal=causal), norm), place(d, wide, norm)]
+    """``depth`` × (attention, then the network of each token), each placed; one norm at the end."""
+    parts = (
+        placed(place, d, f, norm=norm, layer=layer, layers=depth)
+        for layer in range(1, depth + 1)
+        for f in (mixer(d, heads, causal=causal), network(d))
+    )
     return nn.Sequential(*parts, norm(d))
 
 
@@ -38,10 +43,11 @@ class GPT(nn.Module):
         norm: MakeNorm = nn.LayerNorm,
         place: Place = pre_ln,
         mixer: MakeAttention = attention,
+        network: MakeMlp = gelu_mlp,
     ):
         super().__init__()
         self.token, self.position = nn.Embedding(vocabulary, d), nn.Embedding(context, d)
-        self.layers = _layers(d, heads, depth, True, norm, place, mixer)
+        self.layers = transformer_layers(d, heads, depth, True, norm, place, mixer, network)
         self.head = nn.Linear(d, vocabulary, bias=False)
         for weight in (self.token.weight, self.position.weight, self.head.weight):
             nn.init.normal_(weight, std=0.02)
@@ -67,13 +73,14 @@ class ViT(nn.Module):
         norm: MakeNorm = nn.LayerNorm,
         place: Place = pre_ln,
         mixer: MakeAttention = attention,
+        network: MakeMlp = gelu_mlp,
     ):
         super().__init__()
         if size % patch:
             raise ValueError(f"patches of {patch} pixels do not tile an image of {size}")
         self.patches = nn.Unfold(patch, stride=patch)
         self.token, self.position = nn.Linear(c * patch**2, d), nn.Embedding((size // patch) ** 2, d)
-        self.layers = _layers(d, heads, depth, False, norm, place, mixer)
+        self.layers = transformer_layers(d, heads, depth, False, norm, place, mixer, network)
         self.head = nn.Linear(d, classes)
         nn.init.normal_(self.position.weight, std=0.02)
 
