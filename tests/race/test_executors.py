@@ -1,7 +1,9 @@
 """Where runs are trained does not matter: here, as Slurm jobs or on Ray, through deaths of all kinds, the ledger is one."""
 
+import fcntl
 import os
 import signal
+import tempfile
 import threading
 import time
 import types
@@ -219,14 +221,15 @@ def test_r6_a_job_that_dies_of_its_cell_twice_is_an_outcome_and_its_other_cells_
 @pytest.mark.long
 @pytest.mark.parametrize("on", ["submitit-local", "slurm"])
 def test_ctrl_c_ends_every_job(jobs_here, on):
-    executor, _ = open_executor(on, str(TINY), steps=10**7, device="cpu", workers=2)
+    steps = 10**8 + os.getpid()  # no other test's
+    executor, _ = open_executor(on, str(TINY), steps=steps, device="cpu", workers=2)
 
     def stop():
-        found = children(1, "submitit.core._submit", str(jobs_here)) + children(1, "etude.race._worker", "10000000")
+        found = children(1, "submitit.core._submit", str(jobs_here)) + children(1, "etude.race._worker", str(steps))
         signal.raise_signal(signal.SIGINT)
         return found
 
-    thread, found = when(lambda: len(children(1, "etude.race._worker", "10000000")) == 2, stop)
+    thread, found = when(lambda: len(children(1, "etude.race._worker", str(steps))) == 2, stop)
     with pytest.raises(KeyboardInterrupt), executor:
         reasons(executor, 1, 2)
     thread.join()
@@ -236,7 +239,15 @@ def test_ctrl_c_ends_every_job(jobs_here, on):
 
 
 @pytest.fixture
-def cluster():
+def alone():
+    """Ray joins whatever Ray runs on this machine: one such test at a time, whichever process runs it."""
+    with open(Path(tempfile.gettempdir()) / "etude-ray-test.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def cluster(alone):
     """Two Ray nodes of one core each, on loopback."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     from ray.cluster_utils import Cluster
@@ -296,7 +307,7 @@ def test_r6_a_cell_that_dies_with_its_place_on_ray_is_tried_once_more_and_then_a
 
 
 @pytest.mark.long
-def test_where_no_ray_runs_one_is_started_here_and_ends_with_the_race(in_peace, tmp_path):
+def test_where_no_ray_runs_one_is_started_here_and_ends_with_the_race(in_peace, alone, tmp_path):
     before = set(children(1, "raylet"))
     etude.race(str(TINY), CONTENDERS, folder=tmp_path, on="ray", **ASKED)
     assert ledger(tmp_path) == in_peace
