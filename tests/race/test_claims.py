@@ -83,6 +83,7 @@ def test_a_claim_that_lacks_something_says_what_and_cannot_be_raced(monkeypatch,
     assert "it needs what is not here: no method 'nonesuch'" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_race_of_a_claim_is_kept_and_shown(monkeypatch, tmp_path, capsys):
     tiny = replace(claims.claim("lamb-adamw"), task=str(TINY), seeds=6)
     store = tmp_path / "claims.json"

@@ -123,6 +123,8 @@ def test_of_runs_that_etude_did_not_train_nothing_is_told_that_nobody_knows(page
     assert ("on the same seeds" in text) == (kind == "paired")
     assert ("Welch's t (unpaired) decides" in text) == (kind == "free")
     assert ("Dots: one per seed" in text) == (kind == "paired")
+    dots = page.partition("<table>")[0].count('opacity="0.42"')
+    assert dots == (2 * 2 * 8 if kind == "paired" else 0)  # two figures, two contenders, eight seeds
     assert ("<h1>Loss: 2 contenders against a</h1>") in page
     table = test_report.printed(verdict_of(pages[kind].parent / "runs.csv", "loss", "rule", "seed"), 80)
     assert not re.search(r"\bstep\b|\bstate\b|\blr\b", table)
