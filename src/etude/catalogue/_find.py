@@ -22,8 +22,9 @@ _CUT = 0.4
 
 
 def find(words: str, among: list[Record] | None = None) -> list[Record]:
-    """The records that speak of ``words``, best first; those far below the best score are left out."""
+    """The records that speak of ``words``, a method of that very name first, then by score; far lower scores are left out."""
     among = records() if among is None else among
+    called = re.sub(r"[\s-]+", "_", words.strip().lower())
     asked = tokens(words)
     fields = [{f: tokens(r[f]) for f in _FIELDS} for r in among]
     grades = [[max(w * _best(word, told[f]) for f, w in _FIELDS.items()) for word in asked] for told in fields]
@@ -32,7 +33,9 @@ def find(words: str, among: list[Record] | None = None) -> list[Record]:
     scores = [share**2 * sum(r * g for r, g in zip(rarity, row)) for share, row in zip(shares, grades)]
     best = max(scores, default=0.0)
     ranked = sorted(range(len(among)), key=lambda i: -scores[i])  # stable: ties keep the order of the catalogue
-    return [among[i] for i in ranked if scores[i] > 0 and scores[i] >= _CUT * best]
+    near = [among[i] for i in ranked if scores[i] > 0 and scores[i] >= _CUT * best]
+    exact = [r for r in among if r["name"] == called]
+    return exact + [r for r in near if r not in exact]
 
 
 def tokens(text: str) -> list[str]:

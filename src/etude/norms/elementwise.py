@@ -81,7 +81,10 @@ class ElementwiseLayerNorm(Elementwise):
 
 @method("Zhu et al. 2025, Transformers without Normalization, arXiv:2503.10622", note="LLaMA: alpha .8 to .2, by width")
 def dyt(d: int, alpha: float = 0.5, channels_last: bool = True) -> DyT:
-    """weight · tanh(alpha x) + bias in place of a norm; alpha is one learned scalar, here its start. x: [..., d]."""
+    """weight · tanh(alpha x) + bias in place of a norm; alpha is one learned scalar, here its start. x: [..., d].
+
+    Normalising without statistics: each element is squashed by itself.
+    """
     return DyT(d, alpha, channels_last)
 
 
