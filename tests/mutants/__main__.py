@@ -44,21 +44,8 @@ def pytest(tree: Path, tests: str, *more: str) -> subprocess.CompletedProcess[st
     """Run the tests of a copy on the sources of that copy."""
     env = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     named = [str(tree / "tests" / test) for test in tests.split()]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-x",
-        "-q",
-        "-p",
-        "no:xdist",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        "not long",
-        *more,
-        *named,
-    ]
+    quick = ["-x", "-q", "-p", "no:xdist", "-p", "no:cacheprovider", "-m", "not long"]
+    command = [sys.executable, "-m", "pytest", *quick, *more, *named]
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=1200)
 
 

@@ -15,4 +15,6 @@ MUTANTS = [
     Mutant("blocks/sequence.py", "[..., :t].mT", "[..., -t:].mT", "papers/test_blocks_sequence.py"),
     Mutant("blocks/spline.py", "(right - x) / down", "(right - x) / up", "papers/test_blocks_spline.py"),
     Mutant("blocks/pooling.py", "s = gates[:, :, n - 1 : 2 * n - 1]", "s = gates[:, :, :n]", "papers/test_blocks_pooling.py"),
+    Mutant("blocks/backward.py", "mul_(math.sqrt(n / k))", "mul_(n * k)", "papers/test_blocks_backward.py"),
+    Mutant("blocks/quantize.py", "self.nu * (q - q.detach())", "self.nu * q", "papers/test_blocks_quantize.py"),
 ]  # fmt: skip

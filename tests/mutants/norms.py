@@ -28,4 +28,6 @@ MUTANTS = [
     Mutant("norms/standardize.py", "(1 - share) * delta.square()", "delta.square()", "papers/test_norms_standardize.py"),
     Mutant("norms/elementwise.py", "math.sqrt(self.features - 1)", "math.sqrt(self.features)", "papers/test_norms_elementwise.py"),
     Mutant("norms/_kernels.py", "q.mul_(a * u), torch.dot(u, qx)", "q.mul_(a), torch.dot(u, qx)", "papers/test_norms_elementwise.py"),
+    Mutant("norms/gated.py", "return y * torch.sigmoid", "return 2 * y * torch.sigmoid", "papers/test_norms_gated.py"),
+    Mutant("norms/standardize.py", "self.running_mean.add_(share * delta)", "self.running_mean.add_(delta)", "papers/test_norms_standardize.py"),
 ]  # fmt: skip

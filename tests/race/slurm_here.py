@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 COMMANDS = ("sbatch", "srun", "sacct", "scancel")
@@ -27,7 +28,7 @@ def sbatch(folder, argv):
     options = dict(
         line[10:].split("=", 1) for line in text.splitlines() if line.startswith("#SBATCH --") and "=" in line
     )
-    number = 100 + len(list(folder.glob("*.options")))
+    number = time.time_ns() // 10**6  # submitit remembers for good which numbers are done
     (folder / f"{number}.options").write_text(repr(options))
     first, _, last = options.get("array", "").partition("%")[0].partition("-")
     for i in range(int(first), int(last) + 1) if last else [None]:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -128,7 +129,9 @@ class Jobs:
             size = min(size, max(1, int(SHARE / self._seconds)))
         dealt, self._waiting = self._waiting[: room * size], self._waiting[room * size :]
         shares = [dealt[i::room] for i in range(room)]
-        files = [Path(tempfile.mkstemp(suffix=".jsonl", dir=self._folder)[1]) for _ in shares]
+        files = [self._folder / f"{uuid.uuid4().hex}.jsonl" for _ in shares]
+        for file in files:
+            file.touch()
         asked = [[request for request, _ in share] for share in shares]
         alike = ([same] * room for same in (self._setup, self._device, self._expected))
         try:
