@@ -34,8 +34,6 @@ def plant(mutant: Mutant, tree: Path) -> str:
     """Edit one place; returns the text that was there."""
     file = tree / "src" / "etude" / mutant.file
     text = file.read_text(encoding="utf-8")
-    if text.count(mutant.old) != 1:
-        raise SystemExit(f"{mutant.file}: {mutant.old!r} stands there {text.count(mutant.old)} times, not once")
     file.write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     return text
 
@@ -67,6 +65,10 @@ def main(words: list[str]) -> int:
     if not chosen:
         print(f"no mutant speaks of {' '.join(words)!r}", file=sys.stderr)
         return 2
+    for m in chosen:
+        if (count := (ROOT / "src" / "etude" / m.file).read_text(encoding="utf-8").count(m.old)) != 1:
+            print(f"{m.file}: {m.old!r} stands there {count} times, not once", file=sys.stderr)
+            return 2
     trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
     for _ in range(WORKERS):
         trees.put(copy())
