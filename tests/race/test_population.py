@@ -403,6 +403,7 @@ def test_more_seeds_run_a_chunk_again_and_keep_what_is_known(tmp_path):
     after = course(tmp_path / "a", Asked())
     assert set(before) <= set(after)
     fresh = {o.cell: o.metric for o in course(tmp_path / "b", Asked())}
+    assert {o.cell for o in after} == set(fresh)
     assert all(o.metric == fresh[o.cell] for o in after if o.cell.seed in (15, 16))
 
 
