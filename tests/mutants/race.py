@@ -45,7 +45,7 @@ MUTANTS = [
     Mutant("race/verify.py", '("standings", "aa", "plan")', '("aa",)', "race/test_bundle.py"),
     Mutant("race/bundle.py", "if stage in (None, o.cell.stage)]", "if True]", "race/test_bundle.py"),
     Mutant("race/_charts.py", "(i + 1) / len(runs)", "(i + 1) / max(1, len(times))", "race/test_page.py"),
-    Mutant("race/claims.py", '"open" if word in OPEN', '"holds here" if word in OPEN', "race/test_claims.py"),
+    Mutant("race/_claims.py", '"open" if word in OPEN', '"holds here" if word in OPEN', "race/test_claims.py"),
     Mutant("race/models/transformer.py", "layer=layer, layers=depth", "layer=depth, layers=depth", "race/test_tasks.py"),
     Mutant("race/models/graph.py", "walk = walk @ step", "walk = step", "race/test_tasks.py"),
     Mutant("race/models/coordinate.py", "blocks.siren(width, w0=w0)", "blocks.siren(width, w0=w0, first=True)", "race/test_tasks.py"),
