@@ -1,4 +1,4 @@
-"""What papers claim, as races: the claim in own words, the task on which it can be tried, and what would bear it out."""
+"""What papers claim, as races: the claim in own words, the task that tries it, and what would bear it out."""
 
 from __future__ import annotations
 
