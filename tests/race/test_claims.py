@@ -74,6 +74,11 @@ def test_what_a_verdict_says_of_a_claim(word, said):
     assert claim.word(None) == "not yet run"
 
 
+def test_r11_what_could_have_been_the_baseline_and_lost_to_it_decides_no_claim():
+    claim = replace(claims.CLAIMS[0], contenders=("adam", "adamw(weight_decay=0.1)"))
+    assert claim.word({"standings": [{"word": "baseline"}, {"word": "worse"}]}) == "open"
+
+
 def test_a_claim_that_lacks_something_says_what_and_cannot_be_raced(monkeypatch, capsys):
     lacking = replace(claims.CLAIMS[0], name="x", contenders=("adamw", "adamw + nonesuch"), task="digits")
     monkeypatch.setattr("etude.race._cli_claims.claim", lambda name: lacking)

@@ -9,6 +9,7 @@ from typing import Any
 
 from etude import recipes
 from etude.race._errors import InputError, one_line
+from etude.race.inclusion import includes
 from etude.race.tasks import find_task
 
 Verdict = Mapping[str, Any]
@@ -55,10 +56,13 @@ class Claim:
         return ""
 
     def word(self, verdict: Verdict | None) -> str:
-        """``holds here``, ``does not hold here``, ``open`` or ``not yet run``."""
+        """``holds here``, ``does not hold here``, ``open`` or ``not yet run``; what could have been turned into the
+        baseline, and lost to it, was badly tuned (R11), and so is open."""
         if verdict is None:
             return "not yet run"
         word = verdict["standings"][1]["word"]
+        if word == "worse" and includes(self.contenders[1], self.contenders[0]):
+            return "open"
         return "holds here" if word in self.holds else "open" if word in OPEN else "does not hold here"
 
 
