@@ -132,7 +132,7 @@ CLAIMS = (
         "swa-sgd", "Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization, "
         "arXiv:1803.05407",
         "The mean of the weights of the last part of training generalises better than the last weights.",
-        "digits:conv", ("sgd(momentum=0.9)", "sgd(momentum=0.9) + swa(start=400)"), ("better",),
+        "digits:conv", ("sgd(momentum=0.9)", "sgd(momentum=0.9) + swa(start=300)"), ("better",),
         "a small residual network under a linear decay, for CIFAR networks under a high constant rate in the paper",
     ),
     Claim(
