@@ -131,7 +131,7 @@ def test_block_tensor_train_keeps_a_weight_that_is_one_already():
         weights.block_tensor_train(r=0)
 
 
-def test_the_factors_of_a_weight_have_its_role():
+def test_block_tensor_train_factors_have_the_role_of_their_weight():
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     weights.put(model, weights.block_tensor_train(), on=["hidden", "head"])
     found = roles(model)
