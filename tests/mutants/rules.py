@@ -6,7 +6,7 @@ MUTANTS = [
     Mutant("_linalg.py", "gram, gram, gram, beta=b, alpha=c", "gram, gram, gram, beta=b, alpha=b", "papers/test_rules_named.py"),
     Mutant("_roles.py", 'elif role == "embedding"', 'elif role == "head"', "test_rules_engine.py"),
     Mutant("rules/statistic.py", "mix_(s.exp_avg, u, c.beta2)", "mix_(s.exp_avg, u, c.beta1)", "papers/test_rules_named.py"),
-    Mutant("rules/statistic.py", "m = m / c.bias if self.debias else m", "m = m", "papers/test_rules_named.py"),
+    Mutant("rules/statistic.py", "m = m * c.debias if self.debias else m", "m = m", "papers/test_rules_named.py"),
     Mutant("rules/statistic.py", "mix_(s.exp_avg.clone(), u, c.beta1)", "mix_(s.exp_avg, u, c.beta1)", "papers/test_rules_named.py"),
     Mutant("rules/geometry.py", "mix_square_(s.exp_avg_sq, g, c.beta)", "mix_square_(s.exp_avg_sq, u, c.beta)", "papers/test_rules_named.py"),
     Mutant("rules/geometry.py", "0.2 * math.sqrt(max(m, n))", "0.2 * math.sqrt(min(m, n))", "papers/test_rules_named.py"),

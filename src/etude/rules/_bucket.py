@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etude.rules._kernel import Kernel, Ready
 from etude.rules._member import Member
 from etude.rules._rounding import noise_bits, rest, stochastic
 from etude.rules._rule import Chain, Part, Width, unused
@@ -68,6 +69,8 @@ class Bucket:
     """The weights themselves, when the parameters are views of this buffer."""
     plain: bool = False
     """Whether no kernel could be built for it."""
+    ready: Ready | None = None
+    """Of one tensor updated in place, the kernel of its last step."""
     room: dict[str, Room] = field(default_factory=dict)
     """What weights and gradients are gathered into."""
     sizes: list[int] = field(default_factory=list)
@@ -234,6 +237,11 @@ class Work:
     pieces: list[dict[str, Tensor]] = field(default_factory=list)
     """For each member what its owner sent back."""
 
+    def ready(self, kernel: Kernel, names: Any) -> Ready:
+        """What plays this again at the next step, where it is one tensor updated in place."""
+        p, tensors = self.bucket.members[0].p, [x for entry in self.state for x in entry.values()]
+        return Ready(kernel, p.data_ptr(), p.shape, self.w, tensors, names, torch.get_num_threads())
+
     def per_member(self, values: Tensor) -> Tensor:
         """A value for each owner model, as the members see it: broadcastable to u.  [owners] → [n] or [k, 1, …]"""
         counts = self.bucket.counts(self.members)
@@ -273,7 +281,7 @@ class Work:
         b = self.bucket
         if self.w is b.resident or self.in_place:
             return
-        ps = [b.members[i].real for i in self.members]
+        ps = [b.members[i].memory for i in self.members]
         if "compensation" in self.state[-1]:
             rounded = self.w.to(ps[0].dtype)
             self.state[-1]["compensation"].copy_(rest(self.w, rounded))
@@ -320,7 +328,7 @@ def _work(bucket: Bucket, mine: list[int], gs: list[Tensor], t: int, room: str, 
     if whole and bucket.resident is not None:
         w = bucket.resident
     else:
-        w = bucket.gather([bucket.members[i].real for i in mine], "w" + room)
+        w = bucket.gather([bucket.members[i].memory for i in mine], "w" + room)
     g = bucket.gather(gs, "g" + room)
     state = bucket.state
     if not whole:

@@ -14,10 +14,11 @@ from etude._held import refuse_orphans, register
 from etude.rules._averaged import Averaging
 from etude.rules._bucket import LOW, Bucket, Work, layout, works
 from etude.rules._checkpoint import aligned, fitting
-from etude.rules._groups import multiplier, refuse, same_knobs, split_of
 from etude.rules._groups import names_of as names_of
-from etude.rules._kernel import NoKernel, Numbers, packed, play, run
+from etude.rules._groups import refuse, same_knobs, split_of
+from etude.rules._kernel import Kernel, NoKernel, packed, play, run
 from etude.rules._member import Member
+from etude.rules._numbers import Moment, multiplier
 from etude.rules._rule import Bag, Chain
 from etude.rules._sharded import Owned, assign, entries, exchange, spans, stacks
 from etude.rules._split import cut
@@ -197,16 +198,21 @@ class RuleOptimizer(Averaging):
         chains = self.chains()
         self._loss = self._told(loss, chains)
         buckets = self._plan(chains)
-        contexts: dict[Any, Any] = {}
+        moments: dict[Any, Moment] = {}
         for arm in _arms(chains):
             mine = (b for b in buckets if b.group in arm)
             if self._needs_phases(arm, chains, buckets):
-                self._in_phases([w for b in mine for w in works(b, self.maximize)], chains, contexts)
+                self._in_phases([w for b in mine for w in works(b, self.maximize)], chains, moments)
             else:
                 for bucket in mine:
+                    if self._again(bucket, moments):
+                        continue
                     for work in works(bucket, self.maximize):
-                        work.numbers, work.packed = self._context(work, chains[bucket.group], contexts)
-                        self._finish(work, chains[bucket.group], 0)
+                        moment = self._moment(bucket.group, work.t, work.w.device, moments)
+                        work.numbers, work.packed = moment.of_work(work, chains[bucket.group]), moment.floats
+                        kernel = self._finish(work, chains[bucket.group], 0)
+                        steady = chains[bucket.group].steady and not moment.each and not self.maximize
+                        bucket.ready = work.ready(kernel, moment.names) if kernel and work.in_place and steady else None
         if any("hessian" in part.reads for chain in chains for part in chain.parts):
             for group in self.param_groups:
                 for p in group["params"]:
@@ -222,47 +228,36 @@ class RuleOptimizer(Averaging):
             raise ValueError(f"{asks} reads the loss: step(closure), where closure() returns it; lambda: loss will do")
         return float(loss)
 
-    def _context(self, work: Work, chain: Chain, seen: dict[Any, Any]) -> tuple[Numbers, Tensor | None]:
-        """The parts' numbers at this step (fields, what depends on t, the schedule's multiplier), once per group."""
-        key = (work.bucket.group, work.t, work.w.device)
+    def _moment(self, group: int, t: int, device: torch.device, seen: dict[Any, Moment]) -> Moment:
+        """The numbers of a group's parts at a step (fields, what depends on t, the schedule's multiplier), once."""
+        key = (group, t, device)
         if key not in seen:
-            group = self.param_groups[work.bucket.group]
-            lr = group.get("lr", 1.0)
-            initial = group.get("initial_lr", self._first_lr[work.bucket.group])
-            shared = {"t": float(work.t), "multiplier": multiplier(lr, initial), "loss": self._loss}
-            numbers = [
-                {**part.numbers(), **part.clock(work.t), **{k: shared[k] for k in part.reads if k in shared}}
-                for part in chain.parts
-            ]
-            seen[key] = (numbers, packed(numbers, work.w.device) if self.engine == "compiled" else None)
-        numbers, floats = seen[key]
-        read = {k for part in chain.parts for k in part.reads}
-        drawn = any("noise" in part.reads and part.draws(work.t) for part in chain.parts)
-        own = {"noise": work.noise()} if drawn else {}
-        if "hessian" in read and (found := work.hessian()) is not None:
-            own["hessian"] = found
-        elif "hessian" in read and work.t == 1:
-            raise ValueError(
-                f"{chain.name} reads an estimate of the Hessian's diagonal and {work.bucket.members[0].name} has none: "
-                "take the gradient by gradients.backward(gradients.hutchinson(), loss_fn, params)"
-            )
-        if any(isinstance(x, Tensor) and x.ndim for n in numbers for x in n.values()):  # a knob for each owner model
-            numbers = [
-                {k: work.per_member(x) if isinstance(x, Tensor) and x.ndim else x for k, x in n.items()}
-                for n in numbers
-            ]
-        if own:
-            numbers = [
-                {**n, **{k: x for k, x in own.items() if k in part.reads}} for n, part in zip(numbers, chain.parts)
-            ]
-        return numbers, floats
+            knobs = self.param_groups[group]
+            lr = knobs.get("lr", 1.0)
+            schedule = multiplier(lr, knobs.get("initial_lr", self._first_lr[group]))
+            step = {"t": float(t), "multiplier": schedule, "loss": self._loss}
+            seen[key] = Moment.of(self.rule(group), step, device if self.engine == "compiled" else None)
+        return seen[key]
 
-    def _in_phases(self, all_works: list[Work], chains: Sequence[Chain], contexts: dict[Any, Any]) -> None:
+    def _again(self, bucket: Bucket, moments: dict[Any, Moment]) -> bool:
+        """A further step of a large tensor by the kernel of its last, without asking what cannot have changed."""
+        ready, p = bucket.ready, bucket.members[0].p
+        if ready is None or p.grad is None or not ready.fits(p, p.grad):
+            return False
+        moment = self._moment(bucket.group, int(bucket.steps) + 1, bucket.made_for[1], moments)
+        if moment.each or moment.floats is None or moment.names != ready.names:
+            return False
+        ready.play(p.grad, moment.floats)
+        bucket.steps += 1
+        return True
+
+    def _in_phases(self, all_works: list[Work], chains: Sequence[Chain], moments: dict[Any, Moment]) -> None:
         """A chain with model-wide parts: every work up to such a part, one sum per owner model, then on."""
         if not all_works:
             return
         for work in all_works:
-            numbers, _ = self._context(work, chains[work.bucket.group], contexts)
+            moment = self._moment(work.bucket.group, work.t, work.w.device, moments)
+            numbers = moment.of_work(work, chains[work.bucket.group])
             work.numbers = [dict(n) for n in numbers]  # each work gets its own totals
         parts = chains[all_works[0].bucket.group].parts
         for span in spans(parts):
@@ -300,27 +295,28 @@ class RuleOptimizer(Averaging):
         work.u, work.g = run(parts, work.u, work.g, work.w, work.state[span], work.numbers[span])
         work.done = stop
 
-    def _finish(self, work: Work, chain: Chain, start: int) -> None:
-        """The parts from ``start`` on, w ← w − u, and the weights back where they live."""
-        plain = self.engine != "compiled" or chain.plain or work.bucket.plain
-        if plain or not work.w.numel() or not self._compiled(work, chain, start):
+    def _finish(self, work: Work, chain: Chain, start: int) -> Kernel | None:
+        """The parts from ``start`` on, w ← w − u, and the weights back where they live; the kernel, if one did it."""
+        plain = self.engine != "compiled" or chain.plain or work.bucket.plain or not work.w.numel()
+        kernel = None if plain else self._compiled(work, chain, start)
+        if kernel is None:
             parts, states, numbers = chain.parts[start:], work.state[start:-1], work.numbers[start:]
             work.w.sub_(run(parts, work.u, work.g, work.w, states, numbers)[0])
         work.land(self.rounding)
+        return kernel
 
-    def _compiled(self, work: Work, chain: Chain, start: int) -> bool:
+    def _compiled(self, work: Work, chain: Chain, start: int) -> Kernel | None:
         """Play the parts as one kernel. Where none can be built for this layout, say so once and go on eagerly."""
         states, numbers = work.state[start:-1], work.numbers[start:]
         floats = packed(numbers, work.w.device) if work.packed is None else work.packed
         u, parts = work.u if start else None, chain.parts[start:]
         try:
-            play(chain.name, chain.structure[start:], parts, u, work.g, work.w, states, numbers, floats)
+            return play(chain.name, chain.structure[start:], parts, u, work.g, work.w, states, numbers, floats)
         except NoKernel as error:
             if not any(b.plain for b in self._buckets or ()):
                 log.warning("etude: no compiled kernel for %s (%s); eager goes on", chain.name, error)
             work.bucket.plain = True
-            return False
-        return True
+            return None
 
     # -- checkpoints ----------------------------------------------------------------------------------------------
 

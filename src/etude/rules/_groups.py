@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from etude.rules._rule import Chain
@@ -59,11 +58,3 @@ def same_knobs(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return all(
         x is y if isinstance(x, Tensor) or isinstance(y, Tensor) else x == y for x, y in zip(a.values(), b.values())
     )
-
-
-def multiplier(lr: Any, initial: Any) -> Any:
-    """lr / initial lr: the schedule's multiplier, 0 where it began at 0."""
-    if isinstance(lr, Tensor) or isinstance(initial, Tensor):
-        initial = torch.as_tensor(initial)
-        return torch.where(initial == 0, 0.0, lr / initial)
-    return lr / initial if initial else 0.0

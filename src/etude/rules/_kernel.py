@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ _BUILT: dict[Any, list[tuple[Callable[[list[Tensor]], bool], Kernel | NoKernel]]
 def play(
     name: str, structure: tuple[Any, ...], parts: Sequence[Part], u: Tensor | None, g: Tensor, w: Tensor,
     states: States, numbers: Numbers, floats: Tensor,
-) -> None:  # fmt: skip
+) -> Kernel:  # fmt: skip
     """w ← w − run(…) as one kernel for this structure of a chain, built at its first call, once or twice a process.
 
     ``u``: None where it is g. ``floats``: the plain numbers, packed. Sizes are symbols and numbers are a tensor, so
@@ -70,6 +71,40 @@ def play(
         raise chosen
     chosen(args)
     torch.autograd.graph.increment_version(w)  # the kernel writes behind autograd's back
+    return chosen
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The kernel of one tensor that is updated in place, and all it takes but the gradient and the step's numbers."""
+
+    kernel: Kernel
+    at: int
+    """Where the weights lie in memory."""
+    shape: torch.Size
+    w: Tensor
+    """The weights as the kernel sees them."""
+    state: list[Tensor]
+    names: Any
+    """What the numbers are called."""
+    threads: int
+
+    def fits(self, p: Tensor, g: Tensor) -> bool:
+        """Whether the tensors are still what the kernel was chosen for: users replace both."""
+        return (
+            p.data_ptr() == self.at
+            and p.is_contiguous()
+            and g.shape == self.shape
+            and g.dtype == self.w.dtype
+            and g.layout is torch.strided
+            and g.is_contiguous()
+            and torch.get_num_threads() == self.threads
+        )
+
+    def play(self, g: Tensor, floats: Tensor) -> None:
+        """w ← w − run(…)."""
+        self.kernel([g.view(self.w.shape), self.w, floats, *self.state])
+        torch.autograd.graph.increment_version(self.w)
 
 
 def packed(numbers: Numbers, device: torch.device) -> Tensor:

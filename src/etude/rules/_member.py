@@ -43,6 +43,11 @@ class Member:
         """The parameter's memory in this process as real numbers: complex ones gain a last axis of 2."""
         return self.seen(self.p.detach())
 
+    @property
+    def memory(self) -> Tensor:
+        """The same, to copy from and to without gradients: no view where the parameter is plain."""
+        return self.p if self.plain else self.real
+
     def seen(self, x: Tensor) -> Tensor:
         """x, like the parameter, as the rule sees it: real, in the matrices that it holds; of a shard, as it lies."""
         if self.plain:

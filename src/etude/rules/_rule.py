@@ -145,6 +145,11 @@ class Chain:
         return any(p.plain for p in self.parts)
 
     @functools.cached_property
+    def steady(self) -> bool:
+        """Whether its parts read nothing of the step that is a tensor like u."""
+        return not any({"noise", "hessian"} & set(part.reads) for part in self.parts)
+
+    @functools.cached_property
     def structure(self) -> tuple[Any, ...]:
         """What decides the kernel: the parts' types and every field that is not a number."""
         return _structure(self.parts)
@@ -332,6 +337,11 @@ def mix_square_(average: Tensor, x: Tensor, beta: Any) -> Tensor:
     if isinstance(beta, Tensor):
         return average.mul_(beta).add_(x * x * (1 - beta))
     return average.mul_(beta).addcmul_(x, x, value=1 - beta)
+
+
+def debias(beta: float, t: int) -> float:
+    """1 / (1 − βᵗ), which frees an average that began at 0 of that; a product costs less than a quotient."""
+    return 1 / (1 - beta**t)
 
 
 def begin_(x: Tensor, value: Tensor | float, t: Any) -> Tensor:

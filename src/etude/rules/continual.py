@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from etude._method import method
-from etude.rules._rule import Chain, Context, Part, State, Width, chain, mix_, pair
+from etude.rules._rule import Chain, Context, Part, State, Width, chain, debias, mix_, pair
 from etude.rules.gate import Decay, Scale
 from etude.rules.geometry import Rms
 from etude.rules.named import Betas
@@ -33,17 +33,17 @@ class Utility(Part):
         return {"utility": torch.zeros_like(w)}
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias": 1 - self.beta_utility**t}
+        return {"debias": debias(self.beta_utility, t)}
 
     def cost(self, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         """About how much the loss would grow with w at 0."""
         return -g * w
 
     def partial(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
-        return torch.div(mix_(s.utility, self.cost(g, w, s, c), c.beta_utility), c.bias)
+        return torch.mul(mix_(s.utility, self.cost(g, w, s, c), c.beta_utility), c.debias)
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
-        share = torch.where(c.total == 0, 0.0, s.utility / c.bias / c.total)
+        share = torch.where(c.total == 0, 0.0, s.utility * c.debias / c.total)
         return torch.mul(u + c.noise * c.sigma, torch.sigmoid(-share))
 
 

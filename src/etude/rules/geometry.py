@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from etude._linalg import polar
-from etude.rules._rule import Context, Part, State, Width, mix_square_
+from etude.rules._rule import Context, Part, State, Width, debias, mix_square_
 
 Adjust = Literal["match_rms_adamw", "original"]
 Size = Literal["match_rms_adamw", "original", "spectral", "none"]
@@ -40,13 +40,13 @@ class Rms(Part):
         return {k: torch.zeros_like(w) for k in ("exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))}
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias": 1 - self.beta**t} if self.debias else {}
+        return {"debias": debias(self.beta, t)} if self.debias else {}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         v = mix_square_(s.exp_avg_sq, g, c.beta)
         if self.amsgrad:
             v = s.max_exp_avg_sq.copy_(torch.maximum(s.max_exp_avg_sq, v))
-        root = (v / c.bias).sqrt_() if self.debias else v.sqrt()
+        root = (v * c.debias).sqrt_() if self.debias else v.sqrt()
         root = root.add_(c.eps)
         return torch.div(u, softplus(root, 50) if self.softplus else root)
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from etude.rules._rule import Context, Part, State, begin_, mix_, mix_square_
+from etude.rules._rule import Context, Part, State, begin_, debias, mix_, mix_square_
 
 
 def zeros(w: Tensor, *names: str) -> dict[str, Tensor]:
@@ -24,10 +24,10 @@ class Debias(Part):
     beta: float = 0.9
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias": 1 - self.beta**t}
+        return {"debias": debias(self.beta, t)}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
-        return torch.div(u, c.bias)
+        return torch.mul(u, c.debias)
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,11 @@ class Belief(Part):
         return zeros(w, "exp_avg_var")
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias": 1 - self.beta**t}
+        return {"debias": debias(self.beta, t)}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         v = mix_square_(s.exp_avg_var, g - u, c.beta).add_(c.eps)
-        return torch.div(u, (v / c.bias).sqrt_().add_(c.eps))
+        return torch.div(u, (v * c.debias).sqrt_().add_(c.eps))
 
 
 @dataclass(frozen=True)
@@ -108,11 +108,11 @@ class Rectified(Part):
         rho = most - 2 * t * (1 - bias) / bias
         known = rho > max(self.threshold, 4.0)
         square = (rho - 4) * (rho - 2) * most / ((most - 4) * (most - 2) * rho) if known else 0.0
-        return {"bias": bias, "adaptive": square**0.5, "plain": float(not known)}
+        return {"debias": 1 / bias, "adaptive": square**0.5, "plain": float(not known)}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         v = mix_square_(s.exp_avg_sq, g, c.beta)
-        return torch.mul(u, c.adaptive / (v / c.bias).sqrt_().add_(c.eps) + c.plain)
+        return torch.mul(u, c.adaptive / (v * c.debias).sqrt_().add_(c.eps) + c.plain)
 
 
 @dataclass(frozen=True)
@@ -149,11 +149,11 @@ class Atan2(Part):
         return zeros(w, "exp_avg_sq")
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias": 1 - self.beta**t}
+        return {"debias": debias(self.beta, t)}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         v = mix_square_(s.exp_avg_sq, g, c.beta)
-        return torch.atan2(u, (v / c.bias).sqrt_().mul_(c.b)).mul_(c.a)
+        return torch.atan2(u, (v * c.debias).sqrt_().mul_(c.b)).mul_(c.a)
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,11 @@ class Adan(Part):
         return zeros(w, "exp_avg", "exp_avg_diff", "exp_avg_sq", "previous")
 
     def clock(self, t: int) -> dict[str, float]:
-        return {f"bias{i}": 1 - beta**t for i, beta in enumerate((self.beta1, self.beta2, self.beta3), 1)}
+        return {f"debias{i}": debias(beta, t) for i, beta in enumerate((self.beta1, self.beta2, self.beta3), 1)}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         change = g - begin_(s.previous, g, c.t)
         s.previous.copy_(g)
         m, d = mix_(s.exp_avg, g, c.beta1), mix_(s.exp_avg_diff, change, c.beta2)
         n = mix_square_(s.exp_avg_sq, change.mul_(c.beta2).add_(g), c.beta3)
-        return torch.add(m / c.bias1, d * (c.beta2 / c.bias2)).div_((n / c.bias3).sqrt_().add_(c.eps))
+        return torch.add(m * c.debias1, d * (c.beta2 * c.debias2)).div_((n * c.debias3).sqrt_().add_(c.eps))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from etude._method import method
-from etude.rules._rule import Chain, Context, Part, State, Width, chain, mix_square_, norm, total
+from etude.rules._rule import Chain, Context, Part, State, Width, chain, debias, mix_square_, norm, total
 from etude.rules.gate import Scale
 from etude.rules.statistic import Momentum
 
@@ -91,12 +91,12 @@ class Squares(Part):
         return {"exp_avg_sq": torch.zeros_like(w)}
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias": 1 - self.beta**t}
+        return {"debias": debias(self.beta, t)}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         if self.sums == "adagrad":
             return torch.div(u, s.exp_avg_sq.addcmul_(g, g) + c.eps)
-        return torch.div(u, mix_square_(s.exp_avg_sq, g, c.beta) / c.bias + c.eps)
+        return torch.div(u, mix_square_(s.exp_avg_sq, g, c.beta) * c.debias + c.eps)
 
 
 @dataclass(frozen=True)

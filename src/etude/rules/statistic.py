@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from etude.rules._rule import Context, Part, State, mix_
+from etude.rules._rule import Context, Part, State, debias, mix_
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Ema(Part):
         return {"exp_avg": torch.zeros_like(w)}
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias": 1 - self.beta**t} if self.debias else {}
+        return {"debias": debias(self.beta, t)} if self.debias else {}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         m = mix_(s.exp_avg, u, c.beta)
-        m = m / c.bias if self.debias else m
+        m = m * c.debias if self.debias else m
         return mix_(u.clone(), m, 1 - c.beta) if self.nesterov else m
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from etude._method import method
-from etude.rules._rule import Chain, Context, Part, State, Width, chain, mix_, pair, scalars, total
+from etude.rules._rule import Chain, Context, Part, State, Width, chain, debias, mix_, pair, scalars, total
 from etude.rules.averaging import Lookahead
 from etude.rules.gate import Decay, Scale
 from etude.rules.geometry import Rms
@@ -119,13 +119,13 @@ class MeanRms(Part):
         return {"mean_square": scalars(w)}
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias": 1 - self.beta**t}
+        return {"debias": debias(self.beta, t)}
 
     def partial(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> dict[str, Tensor]:
         return {"squares": total(g * g), "count": scalars(w) + w.numel() / max(len(w), 1)}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
-        root = (mix_(s.mean_square, c.squares / c.count, c.beta) / c.bias).sqrt()
+        root = (mix_(s.mean_square, c.squares / c.count, c.beta) * c.debias).sqrt()
         return torch.where(root > 0, u / root, 0.0) if self.inverse else torch.mul(u, root)
 
 

@@ -10,7 +10,21 @@ import torch
 from torch import Tensor
 
 from etude._method import method
-from etude.rules._rule import Chain, Context, Part, State, Width, Within, chain, mix_, mix_square_, norm, pair, scalars
+from etude.rules._rule import (
+    Chain,
+    Context,
+    Part,
+    State,
+    Width,
+    Within,
+    chain,
+    debias,
+    mix_,
+    mix_square_,
+    norm,
+    pair,
+    scalars,
+)
 from etude.rules.gate import Decay, Scale
 from etude.rules.geometry import Rms
 from etude.rules.statistic import Ema, Momentum
@@ -127,12 +141,12 @@ class ClipSpikes(Part):
         return {"threshold": scalars(w)}
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias": 1 - self.beta**t}
+        return {"debias": debias(self.beta, t)}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         size = u.abs()
         top = size.amax(dim=tuple(range(1, u.ndim)), keepdim=True)
-        most = mix_(s.threshold, top, c.beta) / c.bias
+        most = mix_(s.threshold, top, c.beta) * c.debias
         return torch.where(size > most, u * (most / top), u)
 
 
@@ -150,12 +164,12 @@ class KeepNorm(Part):
         return {"norm_avg": scalars(w), "norm_avg_sq": scalars(w)}
 
     def clock(self, t: int) -> dict[str, float]:
-        return {"bias1": 1 - self.beta1**t, "bias2": 1 - self.beta2**t}
+        return {"debias1": debias(self.beta1, t), "debias2": debias(self.beta2, t)}
 
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
         size = norm(u)
-        mean = mix_(s.norm_avg, size, c.beta1) / c.bias1
-        square = mix_square_(s.norm_avg_sq, size, c.beta2) / c.bias2
+        mean = mix_(s.norm_avg, size, c.beta1) * c.debias1
+        square = mix_square_(s.norm_avg_sq, size, c.beta2) * c.debias2
         return u * torch.where(size > 0, mean / (square.sqrt() + c.eps) / size, 1.0)
 
 
