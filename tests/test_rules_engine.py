@@ -640,3 +640,68 @@ def test_a_kernel_made_for_matrices_is_not_played_on_vectors():
         opt.step()
         moved.append([p.detach() for p in ps])
     torch.testing.assert_close(*moved)
+
+
+def test_a_kernel_is_built_where_the_compilers_fusion_of_outer_loops_trips(caplog):
+    moved = []
+    for engine in ("compiled", "eager"):
+        ps = some((6, 4), (6, 4))
+        opt = rules.optimizer(ps, rules.lars(weight_decay=0.1), engine=engine)
+        trained(opt, ps)
+        moved.append([p.detach() for p in ps])
+    torch.testing.assert_close(*moved)
+    assert not [r for r in caplog.records if r.name == "etude" and r.levelname == "WARNING"]
+
+
+@dataclass(frozen=True)
+class LateNumber(rules.Part):
+    """2 u from the third step on, by a number that was not there before."""
+
+    def clock(self, t):
+        return {"factor": 2.0} if t > 2 else {}
+
+    def __call__(self, u, g, w, s, c):
+        return u * c.factor if "factor" in vars(c) else u.clone()
+
+
+@pytest.mark.parametrize("part", [LateNumber(), rules.Fall(), rules.Ema(0.9, debias=True)], ids=str)
+def test_a_kernel_kept_from_the_last_step_still_sees_what_changed_since(part, monkeypatch):
+    monkeypatch.setattr("etude.rules._bucket.SMALL", 1)
+    moved = []
+    for engine in ("compiled", "eager"):
+        draw = torch.Generator().manual_seed(3)
+        p = nn.Parameter(torch.ones(6, 6))
+        opt = rules.optimizer([p], rules.chain(part, rules.Scale(0.1)), engine=engine)
+        opt.step()
+        for t in range(16):
+            p.grad = None
+            if t == 5:
+                p.data = p.data.clone()
+            if t == 7:
+                p.data = p.data.t()
+            if t == 8:
+                p.data = p.data.contiguous()
+            if t in (10, 12):
+                p.data = p.data.view((4, 9) if t == 10 else (6, 6))
+            if t == 13:
+                opt.param_groups[0]["lr"] = 0.3
+                opt.state[p]["step"].add_(5)
+            opt.maximize = t > 14
+            if t != 4:
+                p.grad = torch.randn(p.shape, generator=draw)
+            if t == 3:
+                p.grad = p.grad.t()
+            before = p._version
+            opt.step()
+            assert (p._version > before) == (p.grad is not None)
+        moved.append(p.detach())
+    torch.testing.assert_close(*moved)
+
+
+def test_a_kernel_is_kept_from_the_last_step_for_large_tensors_alone(monkeypatch):
+    kept = []
+    monkeypatch.setattr("etude.rules._kernel.Ready.play", lambda self, g, floats: kept.append(g.shape))
+    ps = some((200, 200), (4,), (3, 2))
+    opt = rules.optimizer(ps, rules.adam(), engine="compiled")
+    trained(opt, ps, steps=3)
+    assert kept == [(200, 200)] * 2

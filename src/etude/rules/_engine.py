@@ -205,14 +205,8 @@ class RuleOptimizer(Averaging):
                 self._in_phases([w for b in mine for w in works(b, self.maximize)], chains, moments)
             else:
                 for bucket in mine:
-                    if self._again(bucket, moments):
-                        continue
-                    for work in works(bucket, self.maximize):
-                        moment = self._moment(bucket.group, work.t, work.w.device, moments)
-                        work.numbers, work.packed = moment.of_work(work, chains[bucket.group]), moment.floats
-                        kernel = self._finish(work, chains[bucket.group], 0)
-                        steady = chains[bucket.group].steady and not moment.each and not self.maximize
-                        bucket.ready = work.ready(kernel, moment.names) if kernel and work.in_place and steady else None
+                    if not self._again(bucket, moments):
+                        self._alone(bucket, chains[bucket.group], moments)
         if any("hessian" in part.reads for chain in chains for part in chain.parts):
             for group in self.param_groups:
                 for p in group["params"]:
@@ -239,10 +233,19 @@ class RuleOptimizer(Averaging):
             seen[key] = Moment.of(self.rule(group), step, device if self.engine == "compiled" else None)
         return seen[key]
 
+    def _alone(self, bucket: Bucket, chain: Chain, moments: dict[Any, Moment]) -> None:
+        """A step of a bucket whose rule needs nothing of other buckets."""
+        for work in works(bucket, self.maximize):
+            moment = self._moment(bucket.group, work.t, work.w.device, moments)
+            work.numbers, work.packed = moment.of_work(work, chain), moment.floats
+            kernel = self._finish(work, chain, 0)
+            keeps = work.in_place and chain.steady and not moment.each
+            bucket.ready = work.ready(kernel, moment.names) if kernel and keeps else None
+
     def _again(self, bucket: Bucket, moments: dict[Any, Moment]) -> bool:
         """A further step of a large tensor by the kernel of its last, without asking what cannot have changed."""
         ready, p = bucket.ready, bucket.members[0].p
-        if ready is None or p.grad is None or not ready.fits(p, p.grad):
+        if ready is None or self.maximize or p.grad is None or not ready.fits(p, p.grad):
             return False
         moment = self._moment(bucket.group, int(bucket.steps) + 1, bucket.made_for[1], moments)
         if moment.each or moment.floats is None or moment.names != ready.names:

@@ -82,7 +82,7 @@ class Part:
         return {}
 
     def draws(self, t: int) -> bool:
-        """Whether it wants its ``noise`` at step t."""
+        """Whether it wants its ``noise`` at step t; at others there is none (``vars(c)``)."""
         return True
 
     def partial(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor | dict[str, Tensor]:

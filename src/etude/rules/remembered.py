@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from etude._method import method
-from etude.rules._rule import Chain, Context, Part, State, Width, begin_, chain, mix_, norm, pair
+from etude.rules._rule import Chain, Context, Part, State, Width, chain, mix_, norm, pair
 from etude.rules.gate import Decay, Scale
 from etude.rules.geometry import Rms, Sign
 from etude.rules.moments import Debias, zeros
@@ -173,7 +173,7 @@ class Damp(Part):
 class Fall(Part):
     """V ← b V + (1 − b) u with b = (β t + 1) / (t + 2) and V₀ normal with deviation α / lr."""
 
-    reads: ClassVar[tuple[str, ...]] = ("t", "noise")
+    reads: ClassVar[tuple[str, ...]] = ("noise",)
     lr: float = 0.1
     alpha: float = 0.01
     beta: float = 0.9
@@ -189,8 +189,12 @@ class Fall(Part):
             spread = self.alpha / lr if lr else 0.0
         return {"keep": (self.beta * t + 1) / (t + 2), "spread": spread}
 
+    def draws(self, t: int) -> bool:
+        return t == 1
+
     def __call__(self, u: Tensor, g: Tensor, w: Tensor, s: State, c: Context) -> Tensor:
-        begin_(s.exp_avg, c.noise * c.spread, c.t)
+        if "noise" in vars(c):
+            s.exp_avg.copy_(c.noise * c.spread)
         return mix_(s.exp_avg, u, c.keep)
 
 
