@@ -21,7 +21,7 @@ from etude.race._errors import InputError
 from etude.race._model import Opened, Outcome, Plan, Result, canonical
 from etude.race._probe import choose_engines, first_runs, probe_all
 from etude.race.bundle import keep, written
-from etude.race.executors import open_executor
+from etude.race.executors import Executor, open_executor
 from etude.race.loggers import Log
 from etude.race.looks import ended, split
 from etude.race.plan import cost, entries, folder_name, make_lock, make_plan, seeds_of, tuned_ranges
@@ -124,12 +124,8 @@ def _run(asked: Asked, folder: Path, *, quiet: bool, inner: bool = False) -> Res
         bought = (ledger.fact("budgets") if ledger else None) or {}
         plain = replace(asked, seeds=asked.seeds or (LOOKS[-1] if asked.looks else SEEDS))
         if asked.budget or asked.gpu_hours:
-            bill = canonical([asked.budget, asked.gpu_hours, asked.seeds, asked.trials, asked.looks, list(lines)])
-            if bill not in bought:
-                costs = {name: cost(probes[name]) for name in lines}
-                spent = time.monotonic() - began
-                bought[bill] = asdict(fit(asked, costs, steps=steps, workers=workers, spent=spent))
-            choice = Choice(**bought[bill])
+            costs = {name: cost(probes[name]) for name in lines}
+            choice = _choice(asked, costs, bought, steps=steps, workers=workers, spent=time.monotonic() - began)
             plain = replace(asked, seeds=choice.seeds, trials=choice.trials, looks=choice.looks)
         ledger = ledger or stack.enter_context(Ledger(folder, lock))
         for outcome in first:
@@ -143,17 +139,7 @@ def _run(asked: Asked, folder: Path, *, quiet: bool, inner: bool = False) -> Res
         if not inner:
             ledger.set_fact("asked", (asked if asked.budget or asked.gpu_hours else plain).plain())
         plan = make_plan(subject, opened, lines, plain, probes=probes, workers=workers)
-        engines = ledger.fact("engines") or {}
-        if isinstance(subject, TaskSubject):
-            runs = {name: plan.tune_budget + len(plan.final_seeds) for name in lines}
-            runs[plan.baseline] += len(plan.aa_seeds)
-            engines = choose_engines(
-                executor, voice, lines, engines, engine=asked.engine, runs=runs, seconds=plan.seconds_per_run,
-                cells=len(plan.final_seeds), workers=workers,
-            )  # fmt: skip
-            ledger.set_fact("engines", engines)
-            took = {name: engines[name]["seconds"] or s for name, s in plan.seconds_per_run.items()}
-            plan = replace(plan, seconds_per_run=took)
+        plan, engines = _on_engines(plan, lines, subject, executor, voice, ledger, asked.engine)
         memory = workers * max(probes[name]["bytes"] for name in lines)
         _announce(voice, plan, memory=memory, held=len(ledger) - len(first), folder=folder)
         try:
@@ -170,6 +156,35 @@ def _run(asked: Asked, folder: Path, *, quiet: bool, inner: bool = False) -> Res
     if log:
         log.verdict(result)
     return result
+
+
+def _choice(
+    asked: Asked, costs: Mapping[str, float], bought: dict[str, Any], *, steps: int, workers: int, spent: float
+) -> Choice:
+    """What the budget buys of these contenders. Decided once for what was asked: ``bought`` remembers."""
+    bill = canonical([asked.budget, asked.gpu_hours, asked.seeds, asked.trials, asked.looks, list(costs)])
+    if bill not in bought:
+        bought[bill] = asdict(fit(asked, costs, steps=steps, workers=workers, spent=spent))
+    return Choice(**bought[bill])
+
+
+def _on_engines(
+    plan: Plan, lines: Mapping[str, float], subject: Subject, executor: Executor, voice: Voice, ledger: Ledger,
+    engine: str,
+) -> tuple[Plan, dict[str, Any]]:  # fmt: skip
+    """Which engine trains each contender, kept in the ledger, and the plan by the seconds that they take."""
+    engines: dict[str, Any] = ledger.fact("engines") or {}
+    if not isinstance(subject, TaskSubject):
+        return plan, engines
+    runs = {name: plan.tune_budget + len(plan.final_seeds) for name in lines}
+    runs[plan.baseline] += len(plan.aa_seeds)
+    engines = choose_engines(
+        executor, voice, lines, engines, engine=engine, runs=runs, seconds=plan.seconds_per_run,
+        cells=len(plan.final_seeds), workers=plan.workers,
+    )  # fmt: skip
+    ledger.set_fact("engines", engines)
+    took = {name: engines[name]["seconds"] or s for name, s in plan.seconds_per_run.items()}
+    return replace(plan, seconds_per_run=took), engines
 
 
 def _fitting_steps(
