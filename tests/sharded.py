@@ -195,7 +195,7 @@ def trains_under_ddp(rank, world, folder):
         same(mine, whole)
 
 
-RESUMED = ("adamw", "muon", "along", "split", "travelled", "halved")
+RESUMED = ("adamw", "muon", "along", "split", "travelled", "halved", "sania", "sophia", "alr_hb")
 
 
 def saves(rank, world, folder):

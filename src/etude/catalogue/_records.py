@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +57,26 @@ def _record(m: Method, found: Mapping[tuple[str, str], Method], tests: list[str]
         "url": m.url,
         "summary": m.summary,
         "details": details,
-        "call": f"{m.room}.{m.name}{_signature(m)}",
+        "call": f"{m.room}.{m.name}{_signature(m.fn)}",
         "parent": m.parent,
         "off": " = ".join(_text(side, found) for side in m.off()) if m.off else None,
         "knobs": {k: _plain(v) for k, v in m.knobs.items()},
         "note": m.note,
-        "source": _source(m),
+        "source": _source(m.fn),
         "tests": tests,
     }
 
 
-def _signature(m: Method) -> str:
-    signature = inspect.signature(m.fn)
+@functools.cache
+def _signature(fn: Callable[..., Any]) -> str:
+    signature = inspect.signature(fn)
     bare = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=signature.empty))
 
 
-def _source(m: Method) -> str:
-    code = inspect.unwrap(m.fn)
+@functools.cache
+def _source(fn: Callable[..., Any]) -> str:
+    code = inspect.unwrap(fn)
     path = Path(inspect.getsourcefile(code) or "").relative_to(_PACKAGE.parent)
     return f"{path.as_posix()}:{inspect.getsourcelines(code)[1]}"
 

@@ -18,7 +18,7 @@ from etude.rules._groups import names_of as names_of
 from etude.rules._groups import refuse, same_knobs, split_of
 from etude.rules._kernel import Kernel, NoKernel, packed, play, run
 from etude.rules._member import Member
-from etude.rules._numbers import Moment, multiplier
+from etude.rules._numbers import Moment, multiplier, only_allocates, told
 from etude.rules._rule import Bag, Chain
 from etude.rules._sharded import Owned, assign, entries, exchange, spans, stacks
 from etude.rules._split import cut
@@ -196,7 +196,10 @@ class RuleOptimizer(Averaging):
                 loss = closure()
         refuse_orphans(self)
         chains = self.chains()
-        self._loss = self._told(loss, chains)
+        if closure is None and not self.state and only_allocates(self.param_groups, chains):
+            self._plan(chains)
+            return None
+        self._loss = told(loss, chains)
         buckets = self._plan(chains)
         moments: dict[Any, Moment] = {}
         for arm in _arms(chains):
@@ -212,15 +215,6 @@ class RuleOptimizer(Averaging):
                 for p in group["params"]:
                     p.hessian = None  # told once
         return loss
-
-    def _told(self, loss: Any, chains: Sequence[Chain]) -> float:
-        """The loss, where a part reads it."""
-        asks = next((c.name for c in chains for part in c.parts if "loss" in part.reads), None)
-        if asks is None:
-            return 0.0
-        if loss is None:
-            raise ValueError(f"{asks} reads the loss: step(closure), where closure() returns it; lambda: loss will do")
-        return float(loss)
 
     def _moment(self, group: int, t: int, device: torch.device, seen: dict[Any, Moment]) -> Moment:
         """The numbers of a group's parts at a step (fields, what depends on t, the schedule's multiplier), once."""

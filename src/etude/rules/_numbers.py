@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,26 @@ class Moment:
                     "none: take the gradient by gradients.backward(gradients.hutchinson(), loss_fn, params)"
                 )
         return [{**n, **{k: x for k, x in own.items() if k in part.reads}} for n, part in zip(numbers, chain.parts)]
+
+
+def told(loss: Any, chains: Sequence[Chain]) -> float:
+    """The loss, where a part reads it."""
+    asks = next((c.name for c in chains for part in c.parts if "loss" in part.reads), None)
+    if asks is None:
+        return 0.0
+    if loss is None:
+        raise ValueError(f"{asks} reads the loss: step(closure), where closure() returns it; lambda: loss will do")
+    return float(loss)
+
+
+def only_allocates(groups: Sequence[Mapping[str, Any]], chains: Sequence[Chain]) -> bool:
+    """Whether a first step is how torch.distributed.checkpoint has an optimizer allocate: lr 0, and nothing is told.
+
+    Most rules just take that step, which moves nothing; one that reads the loss or curvature could not.
+    """
+    asks = any({"loss", "hessian"} & set(part.reads) for chain in chains for part in chain.parts)
+    idle = asks and not any(torch.as_tensor(group.get("lr", 1.0)).any() for group in groups)
+    return idle and all(getattr(p, "hessian", None) is None for group in groups for p in group["params"])
 
 
 def multiplier(lr: Any, initial: Any) -> Any:
