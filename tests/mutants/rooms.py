@@ -65,4 +65,12 @@ MUTANTS = [
     Mutant("gradients/layers.py", "w.ndim > 1 or i == 0", "True", "papers/test_gradients_layers.py"),
     Mutant("gradients/layers.py", "beside(asked(params))", "beside(0)", "papers/test_gradients_layers.py"),
     Mutant("gradients/layers.py", "if self.p is None else torch.tensor(self.p)", "", "papers/test_gradients_layers.py"),
+    Mutant("gradients/natural.py", 'x.diagonal().mean() for x in (H_K, H_C, K_K, C_C)', 'x.diagonal().sum() for x in (H_K, H_C, K_K, C_C)', "papers/test_gradients_natural.py"),
+    Mutant("gradients/natural.py", 'new_K, new_C = h_C * H_K', 'new_K, new_C = h_K * H_K', "papers/test_gradients_natural.py"),
+    Mutant("gradients/natural.py", '* math.sqrt(first.terms(g, self.loss_average))', '* first.terms(g, self.loss_average)', "papers/test_gradients_natural.py"),
+    Mutant("gradients/natural.py", 'made = (self.C @ (self.C.mT @ whole', 'made = (self.C.mT @ (self.C @ whole', "papers/test_gradients_natural.py"),
+    Mutant("gradients/natural.py", 'whole[:, -1] = b', 'pass', "papers/test_gradients_natural.py"),
+    Mutant("gradients/natural.py", '("kernel_size", "dilation", "padding", "stride")', '("kernel_size", "padding", "stride")', "papers/test_gradients_natural.py"),
+    Mutant("gradients/natural.py", ', torch.compiler.set_stance("force_eager"):', ':', "papers/test_gradients_natural.py"),
+    Mutant("gradients/natural.py", 'if calls % self.T:', 'if False:', "papers/test_gradients_natural.py"),
 ]  # fmt: skip

@@ -20,6 +20,9 @@ SECOND = ("harmful", "auxiliary")
 TURNS = {
     "hutchinson.every": ({"every": 1}, {"every": 2}),
     "inductive_gradient_adjustment.end": ({"end": 2}, {"end": 3}),  # the last modes of a small network are all 0
+    "inverse_free_ngd.alpha1": ({"T": 1, "alpha1": 0.5}, {"T": 1, "alpha1": 0.9}),
+    "inverse_free_ngd.loss_average": ({"loss_average": "batch"}, {"loss_average": "sum"}),  # there are no positions
+    "inverse_free_ngd.T": ({"T": 1}, {"T": 2}),
     "drop_muon.p": ({}, {"p": (0.0, 1.0)}),
     "smb.lr": ({"lr": 20.0}, {"lr": 30.0}),  # where the trial does not descend
     "smb.eta": ({"lr": 20.0, "eta": 0.9}, {"lr": 20.0, "eta": 0.5}),

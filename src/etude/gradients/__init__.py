@@ -11,6 +11,7 @@ from etude.gradients.layers import drop_muon as drop_muon
 from etude.gradients.lookahead import booster as booster
 from etude.gradients.lookahead import extragradient as extragradient
 from etude.gradients.model_building import smb as smb
+from etude.gradients.natural import inverse_free_ngd as inverse_free_ngd
 from etude.gradients.newton import gradient_normalized_newton as gradient_normalized_newton
 from etude.gradients.newton import lazy_newton as lazy_newton
 from etude.gradients.plain import plain as plain
@@ -27,6 +28,6 @@ from etude.gradients.surgery import bloop as bloop
 __all__ = [
     "Gradient", "asam", "awp", "backward", "best_response", "bloop", "booster", "drop_muon", "extragradient",
     "gradient_normalized_newton", "gsam", "hutchinson", "implicit_hypergradient", "inductive_gradient_adjustment",
-    "lazy_newton", "metagradient_descent", "per_class_normalized_gd", "plain", "sam", "sam_long_tail", "sam_on", "smb",
-    "xgrad",
+    "inverse_free_ngd", "lazy_newton", "metagradient_descent", "per_class_normalized_gd", "plain", "sam",
+    "sam_long_tail", "sam_on", "smb", "xgrad",
 ]  # fmt: skip
