@@ -15,14 +15,14 @@ from etude.rules._convert import PAIRS
 
 SHAPES = [(4, 3), (5, 2), (3, 3)]
 CASES = {
-    "torch.Adam": [{}, {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6}],
-    "torch.AdamW": [{}, {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.2, "foreach": True}],
+    "torch.Adam": [{}, {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-6}, {"amsgrad": True}],
+    "torch.AdamW": [{}, {"lr": 0.02, "betas": (0.8, 0.95), "weight_decay": 0.2, "foreach": True}, {"amsgrad": True}],
     "torch.SGD": [{}, {"lr": 0.02, "momentum": 0.9, "weight_decay": 0.1, "nesterov": True}],
     "torch.Muon": [{}, {"lr": 0.02, "momentum": 0.8, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}],
 }
 EVERY = [(side, knobs) for side, cases in CASES.items() for knobs in cases]
 every_case = pytest.mark.parametrize(("side", "knobs"), EVERY)
-ours = lambda side: side.removeprefix("torch.").lower()
+ours = lambda side, knobs: "amsgrad" if knobs.get("amsgrad") else side.removeprefix("torch.").lower()
 
 
 def weights(seed=0, dtype=torch.float64):
@@ -68,9 +68,9 @@ def test_from_torch_the_state_is_theirs_to_the_bit_and_stays_so(side, knobs):
     theirs = their(side, ps, **knobs)
     drive(theirs, ps)
     mine = [nn.Parameter(p.detach().clone()) for p in ps]
-    taken = etude.optimizer(ours(side), mine)
-    taken.load_state_dict(stored(rules.convert(theirs.state_dict(), from_=side, to=ours(side))))
-    names = PAIRS[side].state
+    taken = etude.optimizer(ours(side, knobs), mine)
+    taken.load_state_dict(stored(rules.convert(theirs.state_dict(), from_=side, to=ours(side, knobs))))
+    names = PAIRS[side, ours(side, knobs)].state
     for steps, close in ((0, 0.0), (4, 1e-12 if side != "torch.Muon" else 4 * 0.03 * 0.02)):  # torch's Muon: bfloat16
         drive(theirs, ps, steps, seed=2)
         drive(taken, mine, steps, seed=2)
@@ -88,13 +88,14 @@ def test_from_torch_the_state_is_theirs_to_the_bit_and_stays_so(side, knobs):
 @every_case
 def test_to_torch_the_state_is_ours_to_the_bit_and_stays_so(side, knobs):
     ps = weights()
-    named = {"adjust" if k == "adjust_lr_fn" else k: v for k, v in knobs.items() if k != "foreach"}
-    mine = etude.optimizer(ours(side), ps, **named)
+    named = {"adjust" if k == "adjust_lr_fn" else k: v for k, v in knobs.items() if k not in ("foreach", "amsgrad")}
+    named |= {"debias": True} if "amsgrad" in knobs else {}
+    mine = etude.optimizer(ours(side, knobs), ps, **named)
     drive(mine, ps)
     away = [nn.Parameter(p.detach().clone()) for p in ps]
     theirs = their(side, away)
-    theirs.load_state_dict(stored(rules.convert(mine.state_dict(), from_=ours(side), to=side)))
-    names = PAIRS[side].state
+    theirs.load_state_dict(stored(rules.convert(mine.state_dict(), from_=ours(side, knobs), to=side)))
+    names = PAIRS[side, ours(side, knobs)].state
     for steps, close in ((0, 0.0), (4, 1e-12 if side != "torch.Muon" else 4 * 0.03 * 0.02)):
         drive(mine, ps, steps, seed=2)
         drive(theirs, away, steps, seed=2)
@@ -114,13 +115,15 @@ def test_there_and_back_is_the_same_checkpoint(side, knobs):
     theirs.param_groups[0]["initial_lr"] = 0.5  # as a schedule leaves it
     drive(theirs, ps)
     before = copy.deepcopy(theirs.state_dict())
-    back = rules.convert(rules.convert(theirs.state_dict(), from_=side, to=ours(side)), from_=ours(side), to=side)
+    back = rules.convert(
+        rules.convert(theirs.state_dict(), from_=side, to=ours(side, knobs)), from_=ours(side, knobs), to=side
+    )
     if side == "torch.Muon":  # None means original
         before["param_groups"][0]["adjust_lr_fn"] = before["param_groups"][0]["adjust_lr_fn"] or "original"
     assert same(back, before)
     assert same(
-        rules.convert(back, from_=side, to=ours(side))["state"],
-        rules.convert(before, from_=side, to=ours(side))["state"],
+        rules.convert(back, from_=side, to=ours(side, knobs))["state"],
+        rules.convert(before, from_=side, to=ours(side, knobs))["state"],
     )
 
 
@@ -179,12 +182,14 @@ def test_groups_and_names_come_along():
     ("make", "line"),
     [
         (lambda: rules.convert(their("torch.AdamW", weights(), amsgrad=True).state_dict(), from_="torch.AdamW", to="adamw"), "group 0 of torch.AdamW has amsgrad=True; adamw knows no other than False"),
+        (lambda: rules.convert(their("torch.AdamW", weights()).state_dict(), from_="torch.AdamW", to="amsgrad"), "has amsgrad=False; amsgrad knows no other than True"),
+        (lambda: rules.convert(etude.optimizer("amsgrad", weights()).state_dict(), from_="amsgrad", to="torch.AdamW"), "has debias=False"),
         (lambda: rules.convert(their("torch.Adam", weights(), weight_decay=0.1).state_dict(), from_="torch.Adam", to="adam"), "has weight_decay=0.1; adam knows no other"),
         (lambda: rules.convert(their("torch.SGD", weights(), momentum=0.9, dampening=0.1).state_dict(), from_="torch.SGD", to="sgd"), "has dampening=0.1"),
         (lambda: rules.convert(their("torch.SGD", weights(), maximize=True).state_dict(), from_="torch.SGD", to="sgd"), "has maximize=True"),
         (lambda: rules.convert(their("torch.Muon", weights(), eps=1e-3).state_dict(), from_="torch.Muon", to="muon"), "has eps=0.001"),
         (lambda: rules.convert(etude.optimizer("adamw", weights(), uncoupled=True).state_dict(), from_="adamw", to="torch.AdamW"), "has uncoupled=True"),
-        (lambda: rules.convert({}, from_="torch.AdamW", to="lion"), "torch.AdamW goes to adamw alone"),
+        (lambda: rules.convert({}, from_="torch.AdamW", to="lion"), "torch.AdamW goes to adamw or amsgrad"),
         (lambda: rules.convert({}, from_="torch.Adamw", to="adamw"), "from_ is one of torch.Adam, torch.AdamW, "),
         (lambda: rules.convert([{}], from_="adamw", to="torch.AdamW"), "it takes one checkpoint, got a list"),
         (lambda: rules.convert(etude.optimizer("adam", weights()).state_dict(), from_="adamw", to="torch.AdamW"), "has groups of adam too"),

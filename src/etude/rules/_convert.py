@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from etude.rules.adaptive import amsgrad
 from etude.rules.named import adam, adamw, muon, sgd
 
 StateDict = dict[str, Any]
@@ -34,37 +35,48 @@ class _Pair:
         return dict(self.theirs([torch.zeros(1, 1)]).defaults)  # type: ignore[call-arg]
 
 
-_MOMENTS = {"step": "step", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+_MOMENTS = {name: name for name in ("step", "exp_avg", "exp_avg_sq")}
+_MOST = {**_MOMENTS, "max_exp_avg_sq": "max_exp_avg_sq"}
 _PLAIN = {"maximize": False, "differentiable": False}
 PAIRS = {
-    "torch.Adam": _Pair(
+    ("torch.Adam", "adam"): _Pair(
         torch.optim.Adam, adam, _MOMENTS, {**_PLAIN, "amsgrad": False, "weight_decay": 0.0}, counts=True
     ),
-    "torch.AdamW": _Pair(
+    ("torch.AdamW", "adamw"): _Pair(
         torch.optim.AdamW, adamw, _MOMENTS, {**_PLAIN, "amsgrad": False}, {"uncoupled": False}, counts=True
     ),
-    "torch.SGD": _Pair(torch.optim.SGD, sgd, {"momentum_buffer": "momentum_buffer"}, {**_PLAIN, "dampening": 0.0}),
-    "torch.Muon": _Pair(
+    ("torch.Adam", "amsgrad"): _Pair(
+        torch.optim.Adam, amsgrad, _MOST, {**_PLAIN, "amsgrad": True, "weight_decay": 0.0}, {"debias": True},
+        counts=True,
+    ),
+    ("torch.AdamW", "amsgrad"): _Pair(
+        torch.optim.AdamW, amsgrad, _MOST, {**_PLAIN, "amsgrad": True}, {"debias": True}, counts=True
+    ),
+    ("torch.SGD", "sgd"): _Pair(
+        torch.optim.SGD, sgd, {"momentum_buffer": "momentum_buffer"}, {**_PLAIN, "dampening": 0.0}
+    ),
+    ("torch.Muon", "muon"): _Pair(
         torch.optim.Muon, muon, {"momentum_buffer": "exp_avg"},
         {"ns_coefficients": (3.4445, -4.775, 2.0315), "eps": 1e-7},
     ),
 }  # fmt: skip
-"""By torch's name."""
+"""By torch's name and the rule's."""
 
 
 def convert(state_dict: StateDict | Sequence[StateDict], *, from_: str | Sequence[str], to: str | Sequence[str]) -> Any:
     """A checkpoint of torch's optimizer as one of the rule that is the same arithmetic, or back; nothing is lost.
 
     ``convert(theirs, from_="torch.AdamW", to="adamw")`` and ``convert(ours, from_="adamw", to="torch.AdamW")``; so for
-    Adam, SGD and Muon. Where one optimizer here plays several rules, name one of torch's for each: a list of their
-    checkpoints becomes one of ours, ``convert([a, b], from_=["torch.Muon", "torch.AdamW"], to=["muon", "adamw"])``, and
-    back. What the other side has no place for is an error. The tensors are shared, not copied.
+    Adam, SGD and Muon, and ``amsgrad`` where theirs has ``amsgrad=True``. Where one optimizer here plays several rules,
+    name one of torch's for each: a list of their checkpoints becomes one of ours,
+    ``convert([a, b], from_=["torch.Muon", "torch.AdamW"], to=["muon", "adamw"])``, and back. What the other side has no
+    place for is an error. The tensors are shared, not copied.
     """
     several = not isinstance(from_, str)
     starts, ends = ([x] if isinstance(x, str) else list(x) for x in (from_, to))
     sides = list(zip(starts, ends, strict=True))
     pairs = [_pair(a, b) for a, b in sides]
-    if all(a in PAIRS for a, _ in sides):
+    if all((a, b) in PAIRS for a, b in sides):
         given = list(state_dict) if several else [state_dict]
         if len(given) != len(pairs) or not all(isinstance(x, Mapping) for x in given):
             raise ValueError(f"convert(): {len(pairs)} optimizers of torch need a list of {len(pairs)} checkpoints")
@@ -76,11 +88,14 @@ def convert(state_dict: StateDict | Sequence[StateDict], *, from_: str | Sequenc
 
 
 def _pair(a: str, b: str) -> _Pair:
-    ways = {(k, p.rule.__name__): p for k, p in PAIRS.items()}
-    ways |= {(b, a): p for (a, b), p in ways.items()}
+    ways = {**PAIRS, **{(b, a): p for (a, b), p in PAIRS.items()}}
     if (a, b) not in ways:
-        other = dict(ways.keys())
-        said = f"{a} goes to {other[a]} alone" if a in other else f"from_ is one of {', '.join(other)}"
+        goes = [end for start, end in ways if start == a]
+        said = (
+            f"{a} goes to {' or '.join(goes)}"
+            if goes
+            else f"from_ is one of {', '.join(dict.fromkeys(start for start, _ in ways))}"
+        )
         raise ValueError(f"convert(from_={a!r}, to={b!r}): {said}")
     return ways[a, b]
 
@@ -110,7 +125,7 @@ def _there(ours: Mapping[str, Any], pair: _Pair, side: str) -> StateDict:
         theirs = {k: v for k, v in group.items() if k not in ("rule", "owners", "adjust", *pair.missing)}
         if "adjust" in group:
             theirs["adjust_lr_fn"] = group["adjust"]
-        groups.append({**defaults, **theirs})
+        groups.append({**defaults, **pair.lacks, **theirs})
     back = {mine: their for their, mine in pair.state.items()}
     state = {}
     for i, entry in ours["state"].items():
