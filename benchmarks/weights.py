@@ -7,6 +7,7 @@ take the route they choose by themselves. An adapter with a rank has rank 16, al
 
 from __future__ import annotations
 
+import functools
 import inspect
 import tempfile
 import typing
@@ -56,6 +57,7 @@ def held(layer: nn.Module, rows: int) -> float:
     return sum(found.values()) / x.nbytes
 
 
+@functools.cache
 def adapters() -> dict[str, Callable[..., weights.Adapter]]:
     """Every method of the room that makes one."""
     rooms = {name: m.fn for (room, name), m in methods().items() if room == "weights"}
