@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 RESULTS = Path(__file__).with_name("results.md")
+README = Path(__file__).parents[1] / "README.md"
 PARTS = {
     "norms": ("norms", 1, "Norms, forward and backward, over torch's LayerNorm (eager); one thread, process time"),
     "norms2": ("norms", 2, "Norms, forward and backward, over torch's LayerNorm (eager); two threads, wall time"),
@@ -50,6 +51,25 @@ PARTS = {
 }
 """Part → its file, its threads, its title."""
 
+HIGHLIGHTS = {
+    "rules": (
+        "50 large tensors: etude adamw compiled", "50 large tensors: torch AdamW",
+        "200 small tensors: etude adamw compiled", "200 small tensors: torch AdamW",
+        "50 large tensors: etude lion compiled", "50 large tensors: timm Lion",
+        "50 large tensors: etude lamb compiled", "50 large tensors: timm Lamb",
+        "50 large tensors: etude adafactor compiled", "50 large tensors: timm Adafactor",
+        "50 large tensors: etude muon compiled", "50 large tensors: torch Muon",
+    ),
+    "norms": ("4096×512 rms_norm", "4096×512 torch RMSNorm", "4096×512 dyt", "4096×512 naive DyT"),
+    "weights": (
+        "2048 rows: lora", "2048 rows: lora, by peft", "2048 rows: dora", "2048 rows: dora, by peft", "2048 rows: oft",
+        "2048 rows: oft, by peft",
+    ),
+    "population2": ("digits, 32 cells, compiled",),
+    "loop": ("bytes, 100 steps, over a loop with torch AdamW fused",),
+}  # fmt: skip
+"""The rows that the README shows; what is ours is followed by what a peer calls the same, where there is one."""
+
 
 def machine() -> str:
     """The processor, its threads and the versions, on one line."""
@@ -78,6 +98,19 @@ def sections(page: str) -> dict[str, str]:
     return {title: table.strip() for title, _, table in found}
 
 
+def shown(page: str, tables: dict[str, str]) -> str:
+    """The README with the highlights of these tables between its marks."""
+    start, end = "<!-- how fast: written by `make bench` -->\n", "<!-- end of how fast -->"
+    lines = []
+    for part, labels in HIGHLIGHTS.items():
+        title = PARTS[part][-1]
+        ratio = {row[1].strip(): row[2].strip() for line in tables[title].splitlines() if (row := line.split("|"))[1:]}
+        lines += [f"{title}:", "", "| what | ratio |", "|---|---:|"]
+        lines += [f"| {label} | {ratio[label]} |" for label in labels] + [""]
+    head, _, rest = page.partition(start)
+    return head + start + "\n".join(lines) + end + rest.partition(end)[2]
+
+
 def main() -> None:
     """Measure the parts named on the command line, or all, and write them into the page; the others stay."""
     chosen = sys.argv[1:] or list(PARTS)
@@ -97,7 +130,8 @@ def main() -> None:
     for title in (title for *_, title in PARTS.values() if title in tables):
         page += ["", f"## {title}", "", tables[title]]
     RESULTS.write_text("\n".join(page) + "\n", encoding="utf-8")
-    print(f"written to {RESULTS}")
+    README.write_text(shown(README.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    print(f"written to {RESULTS}, and what the README shows of it")
 
 
 if __name__ == "__main__":

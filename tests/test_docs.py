@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import HIGHLIGHTS, RESULTS, sections, shown
 from etude import recipes
 from etude.catalogue._choose import written
 
@@ -84,6 +85,12 @@ def test_no_block_escapes(page):
 def test_the_readme_tells_which_optimizer_as_the_catalogue_does():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert written(page) == page, "run: make docs"
+
+
+def test_the_readme_shows_what_was_measured():
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert shown(page, sections(RESULTS.read_text(encoding="utf-8"))) == page
+    assert len(re.findall(r"^\| .* \| \d+\.\d\d \|$", page, re.MULTILINE)) == sum(map(len, HIGHLIGHTS.values()))
 
 
 def test_every_contender_the_readme_names_is_one():
