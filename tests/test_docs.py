@@ -90,7 +90,8 @@ def test_the_readme_tells_which_optimizer_as_the_catalogue_does():
 def test_the_readme_shows_what_was_measured():
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     assert shown(page, sections(RESULTS.read_text(encoding="utf-8"))) == page
-    assert len(re.findall(r"^\| .* \| \d+\.\d\d \|$", page, re.MULTILINE)) == sum(map(len, HIGHLIGHTS.values()))
+    rows = re.findall(r"^\| .* \| \d+\.\d\d \| .* \| \d+\.\d\d \|$", page, re.MULTILINE)
+    assert len(rows) == sum(map(len, HIGHLIGHTS.values()))
 
 
 def test_every_contender_the_readme_names_is_one():
