@@ -705,3 +705,25 @@ def test_a_kernel_is_kept_from_the_last_step_for_large_tensors_alone(monkeypatch
     opt = rules.optimizer(ps, rules.adam(), engine="compiled")
     trained(opt, ps, steps=3)
     assert kept == [(200, 200)] * 2
+
+
+def test_a_first_step_at_lr_0_that_tells_nothing_allocates_where_a_rule_must_be_told_something():
+    """As torch.distributed.checkpoint makes an optimizer allocate; any other step is one, or says what it needs."""
+    for rule, told, counted in (("adamw", False, 1), ("sania", False, 0), ("sophia", False, 0), ("sophia", True, 1)):
+        ps = some((3, 3))
+        ps[0].grad = torch.zeros_like(ps[0])
+        if told:
+            ps[0].hessian = torch.ones_like(ps[0])
+        opt = etude.optimizer(rule, ps, lr=0.0)
+        opt.step()
+        assert opt.state[ps[0]]["step"] == counted
+        assert "exp_avg_sq" in opt.state[ps[0]] or "exp_avg" in opt.state[ps[0]]
+    for rule, line in (("sania", "reads the loss: step"), ("sophia", "reads an estimate of the Hessian")):
+        for lr in (0.0, 0.1):  # the second step at 0, the first at another rate
+            ps = some((3, 3))
+            ps[0].grad = torch.ones_like(ps[0])
+            opt = etude.optimizer(rule, ps, lr=lr)
+            if not lr:
+                opt.step()
+            with pytest.raises(ValueError, match=line):
+                opt.step()

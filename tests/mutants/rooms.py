@@ -73,4 +73,5 @@ MUTANTS = [
     Mutant("gradients/natural.py", '("kernel_size", "dilation", "padding", "stride")', '("kernel_size", "padding", "stride")', "papers/test_gradients_natural.py"),
     Mutant("gradients/natural.py", ', torch.compiler.set_stance("force_eager"):', ':', "papers/test_gradients_natural.py"),
     Mutant("gradients/natural.py", 'if calls % self.T:', 'if False:', "papers/test_gradients_natural.py"),
+    Mutant("gradients/natural.py", "@ self.K) @ self.K.mT", "@ self.K.mT) @ self.K", "papers/test_gradients_natural.py"),
 ]  # fmt: skip

@@ -101,5 +101,6 @@ MUTANTS = [
     Mutant("rules/_lower.py", "CppScheduling.can_fuse_vertical_outer_loop = lambda *_: False  # type: ignore[method-assign]\n", "pass\n", "test_rules_engine.py"),
     Mutant("rules/_engine.py", "keeps = work", "keeps = False and work", "test_rules_engine.py"),
     Mutant("rules/_convert.py", "{**defaults, **pair.lacks, **theirs}", "{**defaults, **theirs}", "test_rules_convert.py"),
-    Mutant("rules/_numbers.py", "asks and not any(torch", "asks or not any(torch", "test_rules_sharded.py laws/test_rules.py"),
+    Mutant("rules/_numbers.py", "asks and not any(torch", "asks or not any(torch", "test_rules_engine.py"),
+    Mutant("rules/_engine.py", "not self.state and only_allocates", "only_allocates", "test_rules_engine.py"),
 ]  # fmt: skip

@@ -105,6 +105,19 @@ def test_inverse_free_ngd_is_ahead_of_momentum_on_digits():
     assert ours < 0.5 * plain
 
 
+def test_inverse_free_ngd_multiplies_by_the_factors_in_their_order():
+    """C Cᵀ ∇ K Kᵀ where neither factor is symmetric, as they become when the batches differ."""
+    model, *_ = layer()
+    value = gradients.inverse_free_ngd(lr_cov=0.3, T=1).bind(model)
+    for seed in range(6):
+        x, y = (torch.randn(8, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for n in (3, 2))
+        _, (g, _) = value(lambda x=x, y=y: F.mse_loss(model(x), y), model.parameters())
+    K, C = factors(value).K, factors(value).C
+    assert min((f - f.mT).abs().max() for f in (K, C)) > 1e-3
+    w, b = torch.autograd.grad(F.mse_loss(model(x), y), list(model.parameters()))
+    torch.testing.assert_close(g, (C @ C.mT @ torch.cat([w, b[:, None]], 1) @ K @ K.mT)[:, :-1])
+
+
 @pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 0, 1), (2, 1, 1), (1, (2, 0), 2)])
 def test_inverse_free_ngd_takes_a_convolution_for_a_linear_layer_on_its_patches(stride, padding, dilation):
     torch.manual_seed(0)
