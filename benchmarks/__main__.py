@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from etude.catalogue._choose import between
+
 RESULTS = Path(__file__).with_name("results.md")
 README = Path(__file__).parents[1] / "README.md"
 PARTS = {
@@ -111,8 +113,7 @@ def shown(page: str, tables: dict[str, str]) -> str:
         ratio = {row[1].strip(): row[2].strip() for row in cells if len(row) > 2}
         lines += [f"| {title} | | a peer | |", "|---|---:|---|---:|"]
         lines += [f"| {a} | {ratio[a]} | {b.partition(': ')[2] or b} | {ratio[b]} |" for a, b in pairs] + [""]
-    head, _, rest = page.partition(start)
-    return head + start + "\n".join(lines) + end + rest.partition(end)[2]
+    return between(page, start, "\n".join(lines), end)
 
 
 def main() -> None:

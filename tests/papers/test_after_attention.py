@@ -163,7 +163,7 @@ def test_qk_clip_bounds_the_logits_that_grow_under_muon():
     """The paper: with Muon at scale logits pass 1000; clipped, they stay near τ. A step may pass it before the clip."""
     free, held = train(clip=False), train(clip=True)
     assert free[-1] > 1000
-    assert max(held) < 200
+    assert max(held) < 60
 
 
 def test_qk_clip_compiled_sees_what_the_plain_model_sees():

@@ -3,7 +3,6 @@
 ``at_work`` gives a value what else it needs: the model it is bound to, a second loss.
 """
 
-import dataclasses
 import functools
 import inspect
 
@@ -11,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from etude._method import stamp
 from etude.gradients import Gradient
+from etude.gradients._gradient import bound
 
 SECOND = ("harmful", "auxiliary")
 """What a second loss is called."""
@@ -103,18 +102,14 @@ def remembering(gradient, model):
     opt.step()
     opt.zero_grad()
     opt.param_groups[0]["lr"] = 0.1
-    again = dataclasses.replace(gradient, optimizer=opt)
-    object.__setattr__(again, "_stamp", stamp(gradient))
-    return again
+    return bound(gradient, optimizer=opt)
 
 
 def at_work(gradient, model, other):
     """The value for this model, with ``other`` for a second loss."""
     second = next((name for name in SECOND if hasattr(gradient, name)), None)
     if second:
-        again = dataclasses.replace(gradient, **{second: other})
-        object.__setattr__(again, "_stamp", stamp(gradient))
-        return again
+        return bound(gradient, **{second: other})
     return gradient.bind(model)
 
 

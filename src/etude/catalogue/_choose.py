@@ -38,11 +38,16 @@ def which_optimizer(needs: tuple[str, ...] = NEEDS) -> str:
 
 def written(page: str) -> str:
     """The page with the table between its two marks."""
-    before, start, rest = page.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"the page has no place for the table: a line {START.strip()} and later {END.strip()}")
-    return f"{before}{start}{which_optimizer()}{end}{after}"
+    return between(page, START, which_optimizer(), END)
+
+
+def between(page: str, start: str, text: str, end: str) -> str:
+    """The page with this text between two marks of it."""
+    before, found, rest = page.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise ValueError(f"the page has no place for the table: a line {start.strip()} and later {end.strip()}")
+    return f"{before}{start}{text}{end}{after}"
 
 
 def _short(size: float) -> str:

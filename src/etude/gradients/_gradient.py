@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,16 @@ class Gradient:
 
     def __repr__(self) -> str:
         return str(stamp(self) or object.__repr__(self))
+
+
+G = TypeVar("G", bound=Gradient)
+
+
+def bound(gradient: G, **fields: Any) -> G:
+    """The same method's value with other fields: it still tells its name and knobs."""
+    again = dataclasses.replace(gradient, **fields)  # type: ignore[type-var]
+    object.__setattr__(again, "_stamp", stamp(gradient))
+    return again
 
 
 def differentiate(loss_fn: LossFn, params: list[Tensor]) -> tuple[Tensor, Grads]:

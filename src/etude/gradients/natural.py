@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from etude._method import method
-from etude.gradients._gradient import Gradient, Grads, LossFn, differentiate, evaluate, placed
+from etude.gradients._gradient import Gradient, Grads, LossFn, bound, differentiate, evaluate, placed
 from etude.gradients.plain import plain
 
 Average = Literal["batch", "batch+sequence", "sum"]
@@ -70,7 +69,7 @@ class Factors:
             m.mul_(alpha1).add_(new, alpha=0.5)
             factor.sub_(factor @ m, alpha=lr_cov)
 
-    def natural(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+    def natural(self, w: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """C Cᵀ [w b] K Kᵀ of the gradients of weight and bias."""
         columns = w.flatten(1)
         missing = len(self.K) - columns.shape[1]  # one, for the bias
@@ -78,7 +77,7 @@ class Factors:
         if b is not None:
             whole[:, -1] = b
         made = (self.C @ (self.C.mT @ whole @ self.K) @ self.K.mT).to(w.dtype)
-        return made[:, : columns.shape[1]].reshape(w.shape), made[:, -1].clone()
+        return made[:, : columns.shape[1]].reshape(w.shape), None if b is None else made[:, -1].clone()
 
 
 @dataclass(frozen=True, repr=False)
@@ -99,9 +98,7 @@ class InverseFreeNgd(Gradient):
         found = tuple(m for m in model.modules() if _served(m))
         if not found:
             raise ValueError(f"{self}: {type(model).__name__} has no Linear or Conv2d whose weight trains")
-        bound = dataclasses.replace(self, layers=found, held={})
-        object.__setattr__(bound, "_stamp", vars(self).get("_stamp"))
-        return bound
+        return bound(self, layers=found, held={})
 
     def __call__(
         self,
@@ -126,7 +123,7 @@ class InverseFreeNgd(Gradient):
         for i, (j, factors) in self.held.get("layers", {}).items():
             if (w := grads[i]) is not None:
                 grads[i], b = factors.natural(w, None if j is None else grads[j])
-                if j is not None and grads[j] is not None:
+                if j is not None:
                     grads[j] = b
         return loss.detach(), grads
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from etude._method import method
 from etude._roles import roles
-from etude.gradients._gradient import Grads, along, joint, length, over
+from etude.gradients._gradient import Grads, along, bound, joint, length, over
 from etude.gradients._nearby import Nearby, Pairs
 from etude.gradients.plain import plain
 
@@ -69,9 +68,7 @@ class SamOn(Sam):
         found = tuple(named[name] for name, role in roles(model).items() if role == "norm")
         if not found:
             raise ValueError(f"{self}: {type(model).__name__} has no normalisation layer with parameters to move")
-        bound = dataclasses.replace(self, on=found)
-        object.__setattr__(bound, "_stamp", vars(self).get("_stamp"))
-        return bound
+        return bound(self, on=found)
 
     def chosen(self, pairs: Pairs, lead: int) -> Pairs:
         if lead:

@@ -59,6 +59,7 @@ def sphere_axes(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
 
 @torch.no_grad()
 def project(model: nn.Module) -> None:
+    """Bring every matrix and embedding to unit length along d, in place."""
     for w, axis in sphere_axes(model).values():
         w.copy_(_unit(w, axis))
 
